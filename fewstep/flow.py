@@ -1,0 +1,162 @@
+"""The one time convention, and the two kinds of model that live in it.
+
+``t = 0`` is data and ``t = 1`` is noise. On the linear path ``x_t = (1 - t) x + t e`` and ``v = dx_t/dt = e - x``.
+Sampling runs ``t: 1 -> 0``. A jump goes from ``t`` to ``r <= t``: ``x_r = x_t - (t - r) u(x_t, t, r)`` with ``u`` the
+average velocity. Every other convention is converted in a teacher adapter or an exporter, nowhere else.
+
+Shapes: ``x`` is ``[B, *D]`` (images: NCHW in [-1, 1]), times are ``[B]``, labels are ``[B]`` int64 or None.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+def expand(t_B: Tensor, x: Tensor) -> Tensor:
+    """Reshape per-sample times ``[B]`` so that they broadcast against ``x [B, *D]``."""
+    return t_B.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point on a probability path: the state ``x_t [B, *D]`` and the conditional velocity ``v [B, *D]`` there."""
+
+    x_t: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Interpolant:
+    """The path ``x_t = alpha(t) x + sigma(t) e`` between data ``x`` and noise ``e``, with its conversions.
+
+    The four coefficients are functions of a time tensor; every method takes ``t`` of shape ``[B]`` and broadcasts it
+    itself. The conversions solve the 2x2 system ``(x_t, v) = [[alpha, sigma], [alpha', sigma']] (x, e)``, which for
+    the linear path reads ``xhat = x_t - t v`` and ``ehat = x_t + (1 - t) v``.
+    """
+
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    d_alpha: Callable[[Tensor], Tensor]
+    d_sigma: Callable[[Tensor], Tensor]
+
+    def sample(self, x: Tensor, e: Tensor, t_B: Tensor) -> PathPoint:
+        """The state at ``t`` on the path from ``x`` to ``e`` and its conditional velocity."""
+        t = expand(t_B, x)
+        return PathPoint(
+            x_t=self.alpha(t) * x + self.sigma(t) * e,
+            v=self.d_alpha(t) * x + self.d_sigma(t) * e,
+        )
+
+    def data_from_velocity(self, x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
+        """``xhat = (sigma' x_t - sigma v) / (alpha sigma' - alpha' sigma)``."""
+        t = expand(t_B, x_t)
+        return (self.d_sigma(t) * x_t - self.sigma(t) * v) / self._determinant(t)
+
+    def noise_from_velocity(self, x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
+        """``ehat = (alpha v - alpha' x_t) / (alpha sigma' - alpha' sigma)``."""
+        t = expand(t_B, x_t)
+        return (self.alpha(t) * v - self.d_alpha(t) * x_t) / self._determinant(t)
+
+    def velocity_from_data(self, x_t: Tensor, xhat: Tensor, t_B: Tensor) -> Tensor:
+        """The velocity whose data prediction is ``xhat``. Singular where ``sigma(t) = 0`` (``t = 0``)."""
+        t = expand(t_B, x_t)
+        return (self.d_sigma(t) * x_t - self._determinant(t) * xhat) / self.sigma(t)
+
+    def velocity_from_noise(self, x_t: Tensor, ehat: Tensor, t_B: Tensor) -> Tensor:
+        """The velocity whose noise prediction is ``ehat``. Singular where ``alpha(t) = 0`` (``t = 1``)."""
+        t = expand(t_B, x_t)
+        return (self.d_alpha(t) * x_t + self._determinant(t) * ehat) / self.alpha(t)
+
+    def _determinant(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * self.d_sigma(t) - self.d_alpha(t) * self.sigma(t)
+
+
+LINEAR = Interpolant(
+    alpha=lambda t: 1 - t,
+    sigma=lambda t: t,
+    d_alpha=lambda t: -torch.ones_like(t),
+    d_sigma=torch.ones_like,
+)
+"""The optimal-transport path ``x_t = (1 - t) x + t e`` (Lipman et al. 2210.02747, in reversed time)."""
+
+
+@runtime_checkable
+class VelocityField(Protocol):
+    """A marginal velocity ``v(x, t) = E[dx_t/dt | x_t = x]``: what every teacher is.
+
+    ``nfe`` is what one call costs in network evaluations per sample; samplers add it up per call they make.
+    """
+
+    @property
+    def nfe(self) -> int: ...
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        """``x [B, *D]``, times ``[B]``, labels ``[B]`` or None -> velocity ``[B, *D]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class TimeDomain:
+    """The jumps ``t -> r`` a student was trained for. Anything else is refused, never clamped.
+
+    ``any``: every ``0 <= r <= t <= 1``. ``to_data``: jumps that end at data, ``r = 0``. ``grid``: jumps between
+    consecutive nodes of ``grid``, a decreasing tuple from 1 to 0.
+    """
+
+    kind: Literal["any", "to_data", "grid"]
+    grid: tuple[float, ...] = ()
+
+    def check(self, t: float, r: float) -> None:
+        """Raise ``ValueError`` unless the jump ``t -> r`` belongs to the domain (``t = r``, the identity, always does)."""
+        if not 0 <= r <= t <= 1:
+            raise ValueError(f"a jump goes from t to r with 0 <= r <= t <= 1, got t = {t:g}, r = {r:g}")
+        if t == r or self.kind == "any":
+            return
+        if self.kind == "to_data":
+            if r != 0:
+                raise ValueError(f"this student only jumps to data (r = 0), got t = {t:g}, r = {r:g}")
+            return
+        tolerance = 1e-6  # times travel as float32
+        for start, end in zip(self.grid, self.grid[1:], strict=False):
+            if abs(start - t) < tolerance and abs(end - r) < tolerance:
+                return
+        nodes = ", ".join(f"{node:g}" for node in self.grid)
+        raise ValueError(f"this student only jumps between consecutive nodes of {nodes}; got t = {t:g}, r = {r:g}")
+
+
+@runtime_checkable
+class FlowMap(Protocol):
+    """A learned jump ``x_t -> x_r``: what every student is. ``map(x, t, t) = x``.
+
+    ``domain`` says which jumps it was trained for; calling it elsewhere is a ``ValueError``. ``nfe`` is what one call
+    costs in network evaluations per sample.
+    """
+
+    @property
+    def domain(self) -> TimeDomain: ...
+
+    @property
+    def nfe(self) -> int: ...
+
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        """``x [B, *D]``, times ``t, r [B]``, labels ``[B]`` or None -> state at ``r``, ``[B, *D]``."""
+        ...
+
+
+def check_jumps(domain: TimeDomain, t_B: Tensor, r_B: Tensor) -> None:
+    """Check every distinct pair of a batch of jumps against a domain (one host synchronisation)."""
+    for t, r in {(float(t), float(r)) for t, r in zip(t_B.tolist(), r_B.tolist(), strict=True)}:
+        domain.check(t, r)
+
+
+def uniform_grid(steps: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decreasing times ``[steps + 1]`` from 1 to 0 in equal steps.
+
+    Built from the integers, so that a grid of ``2 N`` steps holds every node of the grid of ``N`` steps exactly.
+    """
+    if steps < 1:
+        raise ValueError(f"a grid needs at least one step, got {steps}")
+    return torch.arange(steps, -1, -1, dtype=torch.float64).div(steps).to(dtype)
