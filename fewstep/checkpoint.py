@@ -1,0 +1,237 @@
+"""Files on disk: atomic writes, digests, the run directory, checkpoints and exported models.
+
+A run directory::
+
+    config.yaml  status.json  environment.json  metrics.jsonl
+    checkpoints/step-00001000/   everything needed to go on, bit for bit
+    model/                       config.json, sampler.json, model*.safetensors, README.md: ready to load
+    results.json  report/        what `fewstep evaluate` and `fewstep report` wrote
+
+Weights are safetensors, everything else is JSON or YAML; nothing is ever unpickled. Every file and every checkpoint
+folder appears under its final name only when complete, and carries digests that are checked on reading.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fewstep.errors import UsageError
+
+Tensors = dict[str, Tensor]
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write under a temporary name, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(document, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a missing or broken file is a ``UsageError``."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"no {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} is damaged: not a JSON object")
+    return document
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file atomically; returns its digest. Tensors are copied to the CPU, one file per group."""
+    content = save({name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}, dict(metadata or {}))
+    write_atomic(path, content)
+    return digest(content)
+
+
+def read_tensors(path: Path, expected_digest: str) -> Tensors:
+    """Read a safetensors file after checking its digest. Missing, truncated or altered files are a ``UsageError``."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing") from error
+    if digest(content) != expected_digest:
+        raise UsageError(f"{path} is damaged or truncated: its digest is not the one recorded beside it")
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Groups of tensors (``student``, ``optimizer``, ``ema-0.999``, ...) and a JSON state."""
+
+    groups: dict[str, Tensors]
+    state: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write ``folder/step-00001000`` by renaming a finished temporary folder; the oldest beyond ``keep`` go."""
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    digests = {}
+    for group, tensors in checkpoint.groups.items():
+        digests[group] = write_tensors(temporary / f"{group}.safetensors", tensors)
+    write_json(temporary / "state.json", {**checkpoint.state, "step": step, "digests": digests})
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint; damage is a ``UsageError``."""
+    state = read_json(path / "state.json")
+    groups = {group: read_tensors(path / f"{group}.safetensors", sha) for group, sha in state["digests"].items()}
+    return Checkpoint(groups, state)
+
+
+# Exported models -----------------------------------------------------------------------------------------------------
+
+MODEL_FORMAT = 1
+
+
+def write_model(
+    folder: Path,
+    card: Mapping[str, Any],
+    sampler: Mapping[str, Any],
+    weights: Mapping[str, Tensors],
+    readme: str,
+) -> None:
+    """Export a model: ``config.json`` (what it is, with digests), ``sampler.json``, weights by file name, ``README.md``."""
+    metadata = {"format": "pt", "convention": "t=0 data, t=1 noise, v=e-x", "objective": str(card["objective"])}
+    digests = {name: write_tensors(folder / name, tensors, metadata) for name, tensors in weights.items()}
+    write_json(folder / "sampler.json", sampler)
+    write_atomic(folder / "README.md", readme)
+    # Last: a folder with a config.json is complete.
+    write_json(folder / "config.json", {"format": MODEL_FORMAT, **card, "digests": digests})
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported model as read from disk: its card, its sampler specification, and where its weights lie."""
+
+    folder: Path
+    card: dict[str, Any]
+    sampler: dict[str, Any]
+
+    def weights(self, name: str = "model.safetensors") -> Tensors:
+        return read_tensors(self.folder / name, self.digest(name))
+
+    def digest(self, name: str = "model.safetensors") -> str:
+        return str(self.card["digests"][name])
+
+
+def read_model(path: Path) -> ExportedModel:
+    """Read the exported model of a run directory (or of a model folder itself)."""
+    folder = path if (path / "sampler.json").is_file() else path / "model"
+    if not (folder / "config.json").is_file():
+        if (path / "config.yaml").is_file():
+            raise UsageError(f"{path} holds no finished model: its training has not ended (go on with --resume)")
+        raise UsageError(f"no run or model at {path}")
+    card = read_json(folder / "config.json")
+    if card.get("format") != MODEL_FORMAT:
+        raise UsageError(f"{folder}/config.json has format {card.get('format')!r}; this version reads {MODEL_FORMAT}")
+    return ExportedModel(folder, card, read_json(folder / "sampler.json"))
+
+
+# The run directory ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run, and the small files that say how it stands."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the directory ready to train in. An existing run needs ``resume`` or ``overwrite``.
+
+        ``overwrite`` deletes what a run wrote, and refuses a directory that does not look like a run.
+        """
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other")
+        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if resume:
+            if not checkpoints(self.checkpoints):
+                raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}")
+            return
+        if occupied and not overwrite:
+            raise UsageError(f"{self.path} exists: --resume goes on with it, --overwrite starts it again")
+        if occupied:
+            if not (self.path / "status.json").is_file():
+                raise UsageError(f"{self.path} is not a run directory (no status.json): not overwriting it")
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_status(self, state: str, *, step: int, message: str = "", exit_code: int | None = None) -> None:
+        """``status.json``: running, done, failed or interrupted; launchers flatten exit codes, this does not."""
+        write_json(
+            self.path / "status.json", {"state": state, "step": step, "message": message, "exit_code": exit_code}
+        )
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines an interrupted run wrote after its last checkpoint: they will be written again."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_atomic(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def tensors_equal(a: Tensors, b: Tensors) -> bool:
+    """Same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

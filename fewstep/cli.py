@@ -1,0 +1,429 @@
+"""The command line: parse, one call, render. No mathematics, and no heavy import at module level."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep import __version__
+from fewstep.console import emit_json, meter, say, stderr
+from fewstep.errors import FewstepError, GateFailed, UsageError
+from fewstep.launch import is_main_process, launched, run_launched
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    add_completion=True,
+    rich_markup_mode=None,
+    help="Distil a flow-matching teacher into a student that samples in 1-4 network evaluations, and measure what that cost.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 environment, 4 quality gate, 130 interrupted.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with fewstep.", rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+Config = Annotated[str, typer.Argument(help="A recipe name (see `fewstep recipes list`) or a YAML file.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Config overrides, for example train.steps=500.", metavar="[key=value ...]")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/<name>).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again where a run directory exists.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random draw (overrides the config).")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (through torchrun).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Put one JSON document on stdout, and nothing else there.")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a user's mistake into one sentence on stderr and its exit code. Anything else is a defect and keeps its traceback."""
+    try:
+        yield
+    except FewstepError as error:
+        if is_main_process():
+            say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def teach(
+    config: Config,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a teacher by flow matching.
+
+    Example: fewstep teach digits-teacher train.steps=500 --out runs/short
+    """
+    with user_errors():
+        _train("teach", config, overrides or [], out, resume, overwrite, seed, processes, dry_run, as_json)
+
+
+@app.command()
+def distill(
+    config: Config,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a few-step student from a teacher (or from scratch where the method allows).
+
+    Example: fewstep distill digits-meanflow --seed 1 --out runs/meanflow-1
+    """
+    with user_errors():
+        _train("distill", config, overrides or [], out, resume, overwrite, seed, processes, dry_run, as_json)
+
+
+def _train(
+    command: str,
+    source: str,
+    overrides: list[str],
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    seed: int | None,
+    processes: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from fewstep.config import config_yaml, load_config
+
+    if seed is not None:
+        overrides = [*overrides, f"seed={seed}"]
+    config = load_config(source, overrides)
+    trains_teacher = config.objective.kind == "flow_matching"
+    if trains_teacher != (command == "teach"):
+        other = "teach" if trains_teacher else "distill"
+        raise UsageError(f"{config.name} trains a {'teacher' if trains_teacher else 'student'}: use `fewstep {other}`")
+    if dry_run:
+        if as_json:
+            emit_json(json.loads(config.model_dump_json()))
+        else:
+            typer.echo(config_yaml(config), nl=False)
+        return
+    path = out or Path("runs") / config.name
+    if processes > 1 and not launched():
+        code = run_launched(processes, _without_processes(sys.argv[1:]))
+        status = path / "status.json"
+        if code and status.is_file():  # the launcher reports 1 whatever happened
+            code = json.loads(status.read_text()).get("exit_code") or code
+        if code:
+            raise typer.Exit(code)
+        return
+
+    from fewstep.checkpoint import RunDirectory, read_json
+    from fewstep.distill.run import Interrupted, run_training
+
+    again = ["fewstep", command, source, *overrides, *(["--out", str(out)] if out else []), "--resume"]
+    try:
+        _show_training(
+            config.name,
+            lambda stopped: run_training(
+                config, RunDirectory(path), resume=resume, overwrite=overwrite, stopped=stopped
+            ),
+        )
+    except Interrupted as error:
+        raise Interrupted(f"{error}: {' '.join(again)}") from error
+    if is_main_process():
+        card = read_json(path / "model" / "config.json")
+        say(f"{config.name}: {card['train']['steps']} steps in {card['train']['seconds']:.1f} s -> {path}")
+        if as_json:
+            emit_json({"run": str(path), "model": card})
+
+
+def _without_processes(arguments: list[str]) -> list[str]:
+    """The same command line for one worker."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith("--processes="):
+            skip = False
+        elif argument == "--processes":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _show_training(title: str, start: Callable[[Callable[[], bool]], Iterator[Any]]) -> None:
+    """Run a training to its end behind a progress meter, stopping cleanly when asked to."""
+    from fewstep.interrupts import stop_requested
+
+    with stop_requested() as stopped, meter(title, show=is_main_process()) as shown:
+        for progress in start(stopped):
+            metrics = progress.metrics
+            detail = progress.stage
+            if metrics:
+                detail += f"  loss {metrics['loss']:.4g}  residual {metrics['residual']:.4g}"
+            shown.update(progress.step, progress.total, detail)
+
+
+# Sampling, evaluation, report ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")] = 4,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Sample i comes from (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Changes the speed, not the samples.")] = 256,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder (default: RUN/samples).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw samples from a run: a picture and a safetensors file.
+
+    Example: fewstep sample runs/digits-meanflow --steps 2 --n 100
+    """
+    with user_errors():
+        from fewstep.checkpoint import write_atomic, write_tensors
+        from fewstep.evaluation.quantise import to_uint8
+        from fewstep.evaluation.strips import samples_grid
+        from fewstep.workflows import sample_run
+
+        sampled = sample_run(run, steps=steps, n=n, seed=seed, batch_size=batch_size)
+        folder = out or run / "samples"
+        stem = f"steps-{steps:02d}-seed-{seed}"
+        x = to_uint8(sampled.x) if sampled.data.kind == "image" else sampled.x
+        tensors = {"x": x} | ({} if sampled.label is None else {"label": sampled.label})
+        write_tensors(folder / f"{stem}.safetensors", tensors, {"model": sampled.model.digest, "seed": str(seed)})
+        picture = samples_grid(x, sampled.data.kind)
+        if picture is not None:
+            write_atomic(folder / f"{stem}.png", picture)
+        say(f"{n} samples at {steps} steps, NFE {sampled.nfe} -> {folder / stem}.*")
+        if as_json:
+            emit_json({"samples": str(folder / f"{stem}.safetensors"), "n": n, "steps": steps, "nfe": sampled.nfe})
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    steps: Annotated[str | None, typer.Option("--steps", help="Step counts, for example 1,2,4 (default: config).")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=2, help="Samples per row (default: config).")] = None,
+    features: Annotated[str | None, typer.Option("--features", help="Extractors, for example pixels,digits.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of noise and labels, shared by all rows.")] = 0,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sampling batch.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")] = None,
+    max_fd: Annotated[
+        float | None, typer.Option("--max-fd", help="Exit 4 if the leading Fréchet distance of any row of RUN exceeds this.")
+    ] = None,
+    min_recall: Annotated[
+        float | None, typer.Option("--min-recall", help="Exit 4 if the leading recall of any row of RUN is below this.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run against step counts -> RUN/results.json.
+
+    The teacher is measured beside a student, on the same seeds. Example: fewstep evaluate runs/digits-meanflow --steps 1,2,4
+    """
+    with user_errors():
+        counts = _step_counts(steps)
+        from fewstep.evaluation.config import EvaluateConfig
+        from fewstep.evaluation.features import metric_name
+        from fewstep.evaluation.report.tables import console_table
+        from fewstep.workflows import evaluate_runs, run_config, write_results
+
+        given = {
+            "n": n,
+            "features": tuple(features.split(",")) if features else None,
+            "batch_size": batch_size,
+        }
+        settings = run_config(run).evaluate.model_dump() | {key: value for key, value in given.items() if value}
+        with meter(f"evaluate {run.name}") as shown:
+            done = 0
+
+            def report(row: Any) -> None:
+                nonlocal done
+                done += 1
+                shown.update(done, max(done, 1), f"{row.model} at {row.steps} steps")
+
+            results = evaluate_runs(
+                [run],
+                settings=EvaluateConfig.model_validate(settings),
+                steps=counts,
+                seed=seed,
+                weights=weights,
+                report=report,
+            )
+        write_results(run / "results.json", results)
+        stderr().print(console_table(results))
+        if as_json:
+            emit_json(results.to_json())
+        extractor = settings["features"][0]
+        own = [row for row in results.rows if row.model == run_config(run).name]
+        for row in own:
+            fd = row.metrics[metric_name("fd", extractor)].value
+            recall = row.metrics[metric_name("recall", extractor)].value
+            if max_fd is not None and fd > max_fd:
+                raise GateFailed(f"{metric_name('fd', extractor)} at {row.steps} steps is {fd:.4g}, above {max_fd:g}")
+            if min_recall is not None and recall < min_recall:
+                raise GateFailed(f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}")
+
+
+def _step_counts(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--steps takes whole numbers separated by commas, got '{text}'") from None
+    if min(counts) < 1:
+        raise UsageError(f"--steps takes numbers from 1, got '{text}'")
+    return counts
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories with a results.json.", metavar="RUN [RUN ...]")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the report (default: RUN/report for one run).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report (HTML, Markdown, CSV, figures, sample grids, model card) from results.json alone.
+
+    Example: fewstep report runs/digits-meanflow runs/digits-progressive --out comparison
+    """
+    with user_errors():
+        from fewstep.evaluation.report import write_report
+        from fewstep.evaluation.results import merge, read_results
+
+        if out is None and len(runs) > 1:
+            raise UsageError("several runs make one report: say where with --out DIR")
+        results = merge(read_results(run / "results.json") for run in runs)
+        page = write_report(results, out or runs[0] / "report")
+        say(f"report -> {page}")
+        if as_json:
+            emit_json({"report": str(page), "rows": len(results.rows)})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the demo's runs and its report go.")] = Path("runs/demo"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=100, help="Samples per row of the evaluation.")] = 10_000,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Config override for all four runs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on shipped data: a teacher, three students, the report. Minutes on a CPU.
+
+    Trains digits-teacher, digits-progressive, digits-meanflow and digits-consistency, then measures them against step counts.
+    """
+    with user_errors():
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite exclude each other")
+        if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+            raise UsageError(f"{out} exists: --resume goes on with it, --overwrite starts it again")
+
+        from fewstep.distill.run import Interrupted
+        from fewstep.evaluation.report import write_report
+        from fewstep.evaluation.report.tables import console_table
+        from fewstep.workflows import demo_configs, demo_evaluate, demo_train, write_results
+
+        for config, run in demo_configs(out, seed, overrides or []):
+
+            def start(stopped: Callable[[], bool], config: Any = config, run: Any = run) -> Iterator[Any]:
+                return demo_train(config, run, resume=resume, overwrite=overwrite and run.path.exists(), stopped=stopped)
+
+            try:
+                _show_training(config.name, start)
+            except Interrupted as error:
+                raise Interrupted(f"{error}: fewstep demo --out {out} --seed {seed} --resume") from error
+        with meter("evaluate") as shown:
+            done = 0
+
+            def seen(row: Any) -> None:
+                nonlocal done
+                done += 1
+                shown.update(done, 19, f"{row.model} at {row.steps} steps")
+
+            results = demo_evaluate(out, n=n, seed=seed, report=seen)
+        write_results(out / "results.json", results)
+        page = write_report(results, out / "report")
+        stderr().print(console_table(results))
+        say(f"report -> {page}")
+        if as_json:
+            emit_json(results.to_json())
+
+
+# Recipes and environment ---------------------------------------------------------------------------------------------
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: AsJson = False) -> None:
+    """List the recipes with what each one is for."""
+    from fewstep.config import recipe_names, recipe_text
+
+    summaries = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
+    if as_json:
+        emit_json({"recipes": summaries})
+        return
+    width = max(map(len, summaries))
+    for name, summary in summaries.items():
+        typer.echo(f"{name:<{width}}  {summary}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A recipe name.", metavar="NAME")]) -> None:
+    """Print a recipe: its command, its cost, what it reached, and its config."""
+    with user_errors():
+        from fewstep.config import recipe_text
+
+        typer.echo(recipe_text(name), nl=False)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, accelerators, forward-mode AD, processes, offline weights. Exit 3 if something needed is missing."""
+    with user_errors():
+        from fewstep.doctor import examine
+
+        checks = examine()
+        if as_json:
+            emit_json({"checks": [vars(check) for check in checks]})
+        for check in checks:
+            say(f"{check.status:<8}{check.name:<24}{check.detail}")
+        if any(check.status == "missing" for check in checks):
+            raise typer.Exit(3)
+
+
+def main() -> None:
+    """Entry point of ``fewstep`` and of ``python -m fewstep.cli``."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fewstep recipes show X | head` ends quietly
+    app()
+
+
+if __name__ == "__main__":
+    main()

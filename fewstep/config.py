@@ -1,0 +1,203 @@
+"""The config tree: a recipe or a YAML file, plus dotted overrides, checked before anything starts. Imports no torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from fewstep.block import Block
+from fewstep.data.config import DataConfig
+from fewstep.distill.config import ObjectiveConfig, TrainConfig
+from fewstep.errors import UsageError, nearest
+from fewstep.evaluation.config import EvaluateConfig
+from fewstep.students.config import StudentConfig
+from fewstep.teachers.config import TeacherConfig
+
+TRAINS = {
+    "flow_matching": "velocity",
+    "meanflow": "average_velocity",
+    "progressive": "average_velocity",
+    "consistency": "consistency",
+}
+"""The kind of student each objective trains."""
+
+
+class RunConfig(Block):
+    """Everything that determines a run. ``seed`` keys every random draw."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    objective: ObjectiveConfig
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "RunConfig":
+        kind = self.objective.kind
+        if self.student.kind != TRAINS[kind]:
+            raise ValueError(f"objective {kind} trains a student of kind {TRAINS[kind]}, not {self.student.kind}")
+        if self.student.init == "scratch" and self.student.network is None:
+            raise ValueError("student.init scratch needs student.network")
+        if self.student.init == "teacher" and self.teacher is None:
+            raise ValueError("student.init teacher needs a teacher block")
+        if self.teacher is not None and self.teacher.kind == "analytic" and self.student.init == "teacher":
+            raise ValueError("an analytic teacher has no weights: use student.init scratch and give student.network")
+        needs_teacher = kind in ("progressive", "consistency") or (
+            self.objective.kind == "meanflow" and self.objective.velocity == "teacher"
+        )
+        if needs_teacher and self.teacher is None:
+            raise ValueError(f"objective {kind} needs a teacher block")
+        if kind == "flow_matching" and self.teacher is not None:
+            raise ValueError("objective flow_matching trains a teacher and takes no teacher block")
+        if (
+            self.objective.kind == "meanflow"
+            and self.objective.velocity == "data"
+            and self.teacher is not None
+            and self.teacher.guidance != 1
+        ):
+            raise ValueError("teacher.guidance has no effect with objective.velocity data: use velocity teacher")
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files("fewstep.recipes").iterdir() if path.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """A recipe's YAML; an unknown name is a ``UsageError`` with the nearest one."""
+    if name not in recipe_names():
+        raise UsageError(f"no recipe or file called '{name}'; {nearest(name, recipe_names())}")
+    return (files("fewstep.recipes") / f"{name}.yaml").read_text()
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe name or a YAML file, with ``a.b=value`` overrides, as a checked config. Errors are ``UsageError``."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UsageError(f"no config file {source}")
+        text = path.read_text()
+    else:
+        text = recipe_text(source)
+    tree = _parse(text, source)
+    for override in overrides:
+        _apply(tree, override)
+    return check_config(tree, source)
+
+
+def check_config(tree: Mapping[str, Any], source: str) -> RunConfig:
+    """Validate a tree of plain values; the first fault becomes one sentence with its dotted path."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        _explain(error, tree, source)
+
+
+def config_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML; loading it gives the same config."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{source} is not a mapping of config keys")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the tree in place."""
+    dotted, equals, value = override.partition("=")
+    if not equals or not dotted:
+        raise UsageError(f"'{override}' is not an override; write key=value, for example train.steps=100")
+    *parents, last = dotted.split(".")
+    node = tree
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise UsageError(f"override {dotted}: {name} is a value, not a block")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {dotted}: '{value}' is not a YAML value") from error
+
+
+def _explain(error: ValidationError, tree: Mapping[str, Any], source: str) -> NoReturn:
+    # An unknown key often causes further faults: it is reported first.
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]
+    place, block = _locate(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        message = f"unknown key; {nearest(str(fault['loc'][-1]), block.model_fields)}"
+    elif fault["type"] == "missing":
+        message = "is required"
+    elif fault["type"] == "union_tag_invalid":
+        allowed = [tag.strip(" '") for tag in fault["ctx"]["expected_tags"].split(",")]
+        place += ".kind"
+        message = f"unknown kind '{fault['ctx']['tag']}'; {nearest(str(fault['ctx']['tag']), allowed)}"
+    elif fault["type"] == "union_tag_not_found":
+        message = "needs a kind"
+    elif fault["type"] == "value_error":
+        message = str(fault["ctx"]["error"])
+    else:
+        message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+    raise UsageError(f"{source}: {place + ': ' if place else ''}{message}") from error
+
+
+def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """A fault's dotted path as the user wrote it (union tags removed), and the block it lies in."""
+    block: type[BaseModel] = RunConfig
+    path: list[str] = []
+    for part in location:
+        found = _block_of(block, str(part))
+        if found is not None:
+            block = found
+            path.append(str(part))
+        elif (tagged := _TAGGED.get((path[-1] if path else "", str(part)))) is not None:
+            block = tagged
+        else:
+            path.append(str(part))
+    return ".".join(path), block
+
+
+def _block_of(block: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The block a field holds, if it holds exactly one kind of block; its parent for a union (until the tag comes)."""
+    field = block.model_fields.get(name)
+    if field is None:
+        return None
+    blocks = _blocks_in(field.annotation)
+    return blocks[0] if len(blocks) == 1 else (block if blocks else None)
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _blocks_in(argument)]
+
+
+def _tags(block: type[BaseModel]) -> dict[tuple[str, str], type[BaseModel]]:
+    """(field name, kind) -> block, over the whole tree."""
+    found: dict[tuple[str, str], type[BaseModel]] = {}
+    for name, field in block.model_fields.items():
+        for inner in _blocks_in(field.annotation):
+            if "kind" in inner.model_fields:
+                for kind in inner.model_fields["kind"].annotation.__args__:  # type: ignore[union-attr]
+                    found[name, kind] = inner
+            found |= _tags(inner)
+    return found
+
+
+_TAGGED = _tags(RunConfig)

@@ -1,0 +1,1 @@
+"""Data sets, and the one seeded source of batches. Imports nothing by itself."""

@@ -1,0 +1,87 @@
+"""A data set in memory, and the one source of training batches.
+
+Batches are a function of (seed, step): epoch ``k`` runs through a permutation keyed by (seed, k), and the global batch
+of step ``s`` is the ``s``-th slice of that endless sequence. Any rank of any number of processes, and any resumed run,
+finds the same samples in the same places.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.keys import Key
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All samples ``x [N, *D]`` float32 (images in [-1, 1]) with labels ``[N]`` int64 or None."""
+
+    name: str
+    x: Tensor
+    label: Tensor | None
+    num_classes: int
+    kind: Literal["image", "points"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples ``x [B, *D]``, labels ``[B]`` or None, and each sample's place ``index [B]`` in the global batch."""
+
+    x: Tensor
+    label: Tensor | None
+    index: Tensor
+
+
+class BatchSource:
+    """Batches of a data set resident on the device, for one rank of several.
+
+    ``batch_size`` is the global batch; rank ``k`` of ``world`` gets its ``k``-th contiguous share.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        batch_size: int,
+        seed: int,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world:
+            raise ValueError(f"a batch of {batch_size} does not divide among {world} processes")
+        self.batch_size = batch_size
+        self.seed = seed
+        self._x = data.x.to(device)
+        self._label = None if data.label is None else data.label.to(device)
+        share = batch_size // world
+        self._index = torch.arange(rank * share, (rank + 1) * share, device=device)
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's share of the batch of optimiser step ``step`` (counted from 0)."""
+        place = step * self.batch_size + self._index
+        epoch, offset = place // len(self._x), place % len(self._x)
+        rows = torch.empty_like(place)
+        for k in range(int(epoch[0]), int(epoch[-1]) + 1):
+            inside = epoch == k
+            rows[inside] = self._permutation(k)[offset[inside]]
+        return Batch(
+            x=self._x[rows],
+            label=None if self._label is None else self._label[rows],
+            index=self._index,
+        )
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            everything = torch.arange(len(self._x), device=self._x.device)
+            self._order = Key(self.seed, epoch).uniform("shuffle", everything).argsort(stable=True)
+            self._epoch = epoch
+        return self._order

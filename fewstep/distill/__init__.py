@@ -1,0 +1,1 @@
+"""Objectives, one per file, and the trainer they share. Imports nothing by itself."""

@@ -1,0 +1,185 @@
+"""The report: which few-step student for this teacher, and what it loses. Made from a ``Report`` alone, without torch.
+
+``write_report`` puts everything into one folder::
+
+    index.html     one page with everything in it, to read, print or send
+    report.md      the same for GitHub, with figures/ and samples/ beside it
+    card.md        a model card of the best student; of several students, cards/ has one each
+    results.csv    one line per row and metric; results.json, what all of this was made from
+"""
+
+import base64
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UsageError
+from fewstep.evaluation.report import tables
+from fewstep.evaluation.report.card import model_card, students
+from fewstep.evaluation.report.figures import HUES, Drawn, figures, floor_of, slug
+from fewstep.evaluation.report.grids import Grid, grids
+from fewstep.evaluation.results import Report
+
+__all__ = ["write_report"]
+
+DEFINITIONS = (
+    ("steps", "solver steps from noise to sample"),
+    ("NFE", "network evaluations per sample, guidance's second call included"),
+    ("ratio", "the distance over the teacher's at its most steps; below 1 is closer to the data than the teacher"),
+    ("latency", "median time of one sample at batch size 1; speed-up is the teacher's at its most steps over it"),
+    ("images/s", "rate at the largest batch measured"),
+    ("Fréchet distance", "between Gaussians fitted to the features of generated and of real data; 0 is best"),
+    ("FID", "the Fréchet distance on Inception features and on nothing else; FID@n where n is below 50,000"),
+    ("precision", "share of generated samples that lie within the real data: fidelity"),
+    ("recall", "share of real data that lies within the generated samples: diversity"),
+    ("density", "like precision, counting how many real neighbourhoods hold a sample; about 1 for real data"),
+    ("coverage", "share of real neighbourhoods that hold a generated sample"),
+)
+
+
+def write_report(report: Report, out: Path) -> Path:
+    """Write the report's files into ``out``, each whole or not at all, and return the path of ``index.html``."""
+    if not report.rows:
+        raise UsageError("these results hold no rows: nothing was measured, so there is nothing to report")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: the report needs a folder")
+    sampled, drawn = grids(report), figures(report)
+    for figure in drawn:
+        _write(out / "figures" / f"{figure.name}.svg", figure.svg)
+        _write(out / "figures" / f"{figure.name}.png", figure.png)
+    for grid in sampled:
+        _write(out / "samples" / f"{grid.name}.png", grid.png)
+    for path, text in _cards(report).items():
+        _write(out / path, text)
+    _write(out / "results.csv", tables.as_csv(report))
+    _write(out / "results.json", json.dumps(_finite(report.to_json()), indent=2, ensure_ascii=False) + "\n")
+    content = _content(report, drawn, sampled)
+    _write(out / "report.md", _template("report.md.jinja")(**content))
+    _write(out / "index.html", _template("index.html.jinja")(**content))
+    return out / "index.html"
+
+
+def _cards(report: Report) -> dict[str, str]:
+    """``card.md`` for the student that the headline names, and one card per student where there are several."""
+    render, curves, best = _template("card.md.jinja"), students(report), tables.leading_student(report)
+    cards: dict[str, str] = {}
+    for curve in curves:
+        text = model_card(report, curve, render)
+        name = f"cards/{slug(curve.label)}"
+        cards[f"{name}-{len(cards) + 1}.md" if f"{name}.md" in cards else f"{name}.md"] = text
+        if "card.md" not in cards and (best is None or best in curve.rows):
+            cards["card.md"] = text
+    return {"card.md": cards["card.md"]} if len(curves) == 1 else cards
+
+
+def _content(report: Report, drawn: list[Drawn], sampled: list[Grid]) -> dict[str, Any]:
+    """What both pages show, in their order."""
+    known = tables.extractors(report)
+    others = tables.other_metrics(report)
+    return {
+        "dataset": str(report.reference.get("dataset") or "unnamed data"),
+        "headline": lambda code: tables.headline(report, code),
+        "glance": tables.glance_table(report),
+        "tables": [
+            (extractor, table, tables.caption(report, extractor, table))
+            for extractor in known
+            for table in [tables.results_table(report, tables.main_metrics(report, extractor))]
+        ]
+        or [("speed", tables.results_table(report, ()), "No metric was measured.")],
+        "others": tables.metrics_table(report, others) if others else None,
+        "figures": [figure for figure in drawn if not figure.name.endswith("-latency")],
+        "fronts": [figure for figure in drawn if figure.name.endswith("-latency")],
+        "grids": sampled,
+        "costs": tables.costs_table(report) if report.models else None,
+        "hues": HUES,
+        "definitions": DEFINITIONS,
+        "provenance": _provenance(report),
+        "intervals": any(m.low is not None for row in report.rows for m in row.metrics.values()),
+        "csv": tables.as_csv(report),
+    }
+
+
+def _provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Under headings, names and texts of all that fixes the numbers."""
+    reference = report.reference
+    counts = ", ".join(f"{n:,}" for n in sorted({row.n for row in report.rows}))
+    seeds = ", ".join(map(str, sorted({row.seed for row in report.rows})))
+    floors = {metric: floor_of(report, metric) for metric in reference.get("floor") or {}}
+    named = ("dataset", "n", "floor", "extractors", "protocol")
+    against = [("dataset", str(reference.get("dataset") or tables.DASH))]
+    against += [("n of the reference", tables.flat(reference.get("n"))[0][1])] if "n" in reference else []
+    against += [("samples per row", counts), ("seed", seeds)]
+    against += [(f"real against real, {metric}", tables.number(floor)) for metric, floor in floors.items()]
+    against += [pair for key in reference if key not in named for pair in tables.flat(reference[key], str(key))]
+    digests = {
+        curve.label: "; ".join(dict.fromkeys(row.digest for row in curve.rows)) for curve in tables.series(report)
+    }
+    samplers = {
+        curve.label: "; ".join(dict.fromkeys(f"{row.sampler}, guidance {row.guidance:g}" for row in curve.rows))
+        for curve in tables.series(report)
+    }
+    teachers = {model.name: model.teacher_digest for model in report.models if model.teacher_digest}
+    features = [
+        (name, ", ".join(f"{key} {text}".strip() for key, text in tables.flat(of)))
+        for name, of in (reference.get("extractors") or {}).items()
+    ]
+    sections = [
+        ("Data", against),
+        ("Protocol", tables.flat(reference.get("protocol") or {})),
+        ("Extractors", features),
+        ("Samplers", list(samplers.items())),
+        ("Digests of the weights", list(digests.items())),
+        ("Digests of the teachers that students were distilled from", list(teachers.items())),
+        ("Environment", tables.flat(report.environment)),
+    ]
+    return [(heading, pairs) for heading, pairs in sections if pairs]
+
+
+def _template(name: str) -> Callable[..., str]:
+    """A template beside this file, everything from outside escaped unless it says otherwise."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = lambda text: Markup(tables.escape_markdown(text))
+    environment.filters["as_markdown"] = lambda table: Markup(tables.as_markdown(table))
+    environment.filters["base64"] = lambda data: base64.b64encode(
+        data.encode() if isinstance(data, str) else data
+    ).decode()
+    environment.filters["breakable"] = lambda head: Markup(str(escape(head)).replace("_", "_<wbr>"))
+    environment.globals["html_headline"] = lambda answer: Markup(answer(lambda name: f"<code>{escape(name)}</code>"))
+    environment.globals["md_headline"] = lambda answer: Markup(answer(tables.code_markdown))
+    return environment.get_template(name).render
+
+
+def _finite(document: Any) -> Any:
+    """JSON has no NaN: what is not finite becomes null, which every reader shows as a dash."""
+    if isinstance(document, Mapping):
+        return {key: _finite(item) for key, item in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_finite(item) for item in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name beside the file, then rename: no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

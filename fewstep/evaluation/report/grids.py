@@ -1,0 +1,110 @@
+"""Sample grids: the same noise in every column, one line per step count, the teacher's best effort on top."""
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewstep.errors import UsageError
+from fewstep.evaluation.report import tables
+from fewstep.evaluation.report.figures import slug
+from fewstep.evaluation.results import Report, Row
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+LEAST_TILE = 48  # pixels; smaller images are enlarged by whole factors, so that a pixel stays a square
+MOST_COLUMNS, MOST_WIDTH = 10, 2048
+GAP, LETTERS = 2, 16
+INK, RULE = (27, 27, 31), (150, 152, 160)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The samples of one curve; ``name`` is the file name without ending."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+
+
+def grids(report: Report) -> list[Grid]:
+    """One grid per curve that has samples, the teacher's most-step row above every student's."""
+    reference = tables.reference_row(report)
+    drawn: list[Grid] = []
+    for curve in tables.series(report):
+        rows = [row for row in reversed(curve.rows) if row.samples_png]
+        if not rows:
+            continue
+        top = reference if reference is not None and reference.samples_png and curve.role == "student" else None
+        lines = [(f"{row.steps} step{'s' if row.steps > 1 else ''}", tiles(row)) for row in rows]
+        caption = "Each column starts from the same noise."
+        if top is not None:
+            lines.insert(0, (f"teacher\n{tables.plural(top.steps)}", tiles(top)))
+            caption = f"Top: {tables.label_of(report, top)} at {tables.plural(top.steps)}. {caption}"
+        name = slug(curve.label)
+        name = f"{name}-{len(drawn) + 1}" if name in {grid.name for grid in drawn} else name
+        drawn.append(Grid(name, curve.label, caption, _draw(lines, rule=top is not None)))
+    return drawn
+
+
+def tiles(row: Row) -> "list[Image]":
+    """A row's strip cut into its images, which are square; a strip of another shape stays one picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        strip = Image.open(io.BytesIO(base64.b64decode(row.samples_png or "", validate=True))).convert("RGBA")
+    except (binascii.Error, UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"the samples of {row.model} at {tables.plural(row.steps)} are not a PNG: {error}") from error
+    white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+    flat = Image.alpha_composite(white, strip).convert("RGB")
+    side = flat.height if flat.width % flat.height == 0 else flat.width
+    return [flat.crop((left, 0, left + side, flat.height)) for left in range(0, flat.width, side)]
+
+
+def _draw(lines: "Sequence[tuple[str, list[Image]]]", rule: bool) -> bytes:
+    """The grid as PNG: labels at the left, sample numbers on top, a rule beneath the teacher's line."""
+    from PIL import Image, ImageDraw
+
+    widest = max(images[0].width for _, images in lines)
+    tallest = max(images[0].height for _, images in lines)
+    factor = max(1, math.ceil(LEAST_TILE / min(widest, tallest)))
+    cell = (widest * factor, tallest * factor)
+    columns = min(MOST_COLUMNS, max(1, MOST_WIDTH // cell[0]), *(len(images) for _, images in lines))
+    height = max(LETTERS, cell[1] // 8)
+    letters = font(height)
+    gutter = 10 + max(math.ceil(letters.getlength(part)) for label, _ in lines for part in label.split("\n"))
+    head, below = height + 8, 8 if rule else 0
+    size = (gutter + columns * (cell[0] + GAP), head + len(lines) * (cell[1] + GAP) + below)
+    page = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(page)
+    for column in range(columns):
+        centre = (gutter + column * (cell[0] + GAP) + cell[0] // 2, head // 2)
+        draw.text(centre, str(column + 1), fill=RULE, font=letters, anchor="mm")
+    for i, (label, images) in enumerate(lines):
+        top = head + i * (cell[1] + GAP) + (below if i else 0)
+        where = (gutter - 8, top + cell[1] // 2)
+        draw.multiline_text(where, label, fill=INK, font=letters, anchor="rm", align="right", spacing=2)
+        for column, image in enumerate(images[:columns]):
+            shown = image if image.size == cell else image.resize(cell, Image.Resampling.NEAREST)
+            page.paste(shown, (gutter + column * (cell[0] + GAP), top))
+    if rule:
+        y = head + cell[1] + GAP + below // 2 - 1
+        draw.line((0, y, size[0], y), fill=RULE, width=1)
+    out = io.BytesIO()
+    page.save(out, format="PNG", optimize=True)
+    return out.getvalue()
+
+
+def font(size: int) -> "FreeTypeFont":
+    """The figures' own typeface, which comes with matplotlib: the same letters on every machine."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)

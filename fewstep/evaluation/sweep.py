@@ -1,0 +1,236 @@
+"""The step sweep: every candidate at every step count, on shared seeds, through every metric.
+
+Noise and label of sample ``i`` are functions of (seed, i), so that rows are paired: two rows differ in the model or in
+the number of steps and in nothing else. Labels are balanced, ``i mod classes``.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import Dataset
+from fewstep.evaluation.config import EvaluateConfig
+from fewstep.evaluation.features import Classifier, FeatureExtractor, class_accuracy, extract, metric_name
+from fewstep.evaluation.frechet import Moments, frechet_distance, moments
+from fewstep.evaluation.kernel import kernel_distance
+from fewstep.evaluation.neighbours import manifold_metrics, radii
+from fewstep.evaluation.quantise import to_uint8
+from fewstep.evaluation.results import Measured, Row
+from fewstep.evaluation.speed import latency_ms
+from fewstep.evaluation.strips import samples_strip
+from fewstep.keys import Key
+from fewstep.sampling import Sampler
+
+K_PRECISION_RECALL = 3
+K_DENSITY_COVERAGE = 5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be swept: its sampler, the step counts asked for, and what a row says about it."""
+
+    name: str
+    role: Literal["teacher", "student"]
+    objective: str
+    sampler: Sampler
+    steps: tuple[int, ...]
+    guidance: float
+    digest: str
+    params: int
+
+
+@dataclass(frozen=True)
+class ReferenceFeatures:
+    """One extractor's view of the real data: features, moments and neighbour radii, computed once for all rows."""
+
+    extractor: FeatureExtractor
+    features: Tensor
+    moments: Moments
+    radii: Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples ``x [n, *D]`` with their labels, network evaluations per sample, and the rate they were drawn at."""
+
+    x: Tensor
+    label: Tensor | None
+    nfe: int
+    images_per_s: float
+
+
+def sweep(
+    candidates: Iterable[Candidate],
+    data: Dataset,
+    extractors: Iterable[FeatureExtractor],
+    config: EvaluateConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    report: Callable[[Row], None] = lambda row: None,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows for every candidate and step count, and the reference they were measured against.
+
+    The teacher's samples at its largest step count are the ones that ``teacher_gap`` (root mean square difference of a
+    student's sample to the teacher's from the same noise, in data units) refers to. ``report`` sees each row as it comes.
+    A step count outside a student's training is a ``ValueError`` before any sampling starts.
+    """
+    candidates = sorted(candidates, key=lambda candidate: candidate.role != "teacher")
+    for candidate in candidates:
+        for steps in candidate.steps:
+            candidate.sampler.check(steps)
+    references = [reference_features(extractor, data, device) for extractor in extractors]
+    anchor: Tensor | None = None
+    rows = []
+    for candidate in candidates:
+        for steps in sorted(candidate.steps, reverse=True):
+            drawn = draw(candidate.sampler, steps, data, n=config.n, batch_size=config.batch_size, seed=seed, device=device)
+            if candidate.role == "teacher" and anchor is None:
+                anchor = drawn.x
+            row = measure(candidate, steps, drawn, references, data, anchor, seed=seed, device=device)
+            rows.append(row)
+            report(row)
+    rows.sort(key=lambda row: (row.role != "teacher", [c.name for c in candidates].index(row.model), row.steps))
+    return rows, describe_reference(references, data)
+
+
+def draw(
+    sampler: Sampler, steps: int, data: Dataset, *, n: int, batch_size: int, seed: int, device: torch.device
+) -> Drawn:
+    """Samples ``0 .. n - 1`` of a seed, in batches that change nothing but the speed."""
+    parts, labels, rates, nfe = [], [], [], 0
+    for indices in torch.arange(n, device=device).split(batch_size):
+        noise = Key(seed).normal("noise", indices, data.shape)
+        label = indices % data.num_classes if data.num_classes else None
+        _synchronise(device)
+        began = time.perf_counter()
+        samples = sampler(steps, noise, label, Key(seed), indices)
+        _synchronise(device)
+        rates.append(len(indices) / (time.perf_counter() - began))
+        nfe = samples.nfe
+        parts.append(samples.x)
+        if label is not None:
+            labels.append(label)
+    return Drawn(torch.cat(parts), torch.cat(labels) if labels else None, nfe, statistics.median(rates))
+
+
+def measure(
+    candidate: Candidate,
+    steps: int,
+    drawn: Drawn,
+    references: list[ReferenceFeatures],
+    data: Dataset,
+    anchor: Tensor | None,
+    *,
+    seed: int,
+    device: torch.device,
+) -> Row:
+    """All metrics of one set of samples, from one pass through each extractor."""
+    metrics: dict[str, float] = {}
+    images = quantised(drawn.x, data)
+    for reference in references:
+        extractor = reference.extractor
+        features = extract(extractor, images if extractor.takes == "uint8" else drawn.x)
+        metrics |= compare(reference, features)
+        if isinstance(extractor, Classifier) and drawn.label is not None:
+            logits = extractor.logits(features)
+            metrics[metric_name("accuracy", extractor.name)] = class_accuracy(logits, drawn.label)
+    if candidate.role == "student" and anchor is not None:
+        metrics["teacher_gap"] = float((drawn.x.double() - anchor.double()).square().mean().sqrt())
+    return Row(
+        model=candidate.name,
+        role=candidate.role,
+        objective=candidate.objective,
+        steps=steps,
+        nfe=drawn.nfe,
+        sampler=candidate.sampler.name,
+        guidance=candidate.guidance,
+        n=len(drawn.x),
+        seed=seed,
+        metrics={name: Measured(value) for name, value in metrics.items()},
+        latency_ms=latency_ms(candidate.sampler, steps, data, seed=seed, device=device),
+        images_per_s=drawn.images_per_s,
+        params=candidate.params,
+        digest=candidate.digest,
+        samples_png=samples_strip(images, data.kind),
+    )
+
+
+def quantised(x: Tensor, data: Dataset) -> Tensor:
+    """Images become uint8, once; points stay as they are."""
+    return to_uint8(x) if data.kind == "image" else x
+
+
+def reference_features(extractor: FeatureExtractor, data: Dataset, device: torch.device) -> ReferenceFeatures:
+    real = data.x.to(device)
+    features = extract(extractor, quantised(real, data) if extractor.takes == "uint8" else real)
+    return ReferenceFeatures(
+        extractor, features, moments(features), radii(features, max(K_PRECISION_RECALL, K_DENSITY_COVERAGE))
+    )
+
+
+def compare(reference: ReferenceFeatures, features: Tensor) -> dict[str, float]:
+    """Every distance and manifold metric of generated features against the reference, under their full names."""
+    name = reference.extractor.name
+    manifold = manifold_metrics(
+        reference.features,
+        features,
+        k_pr=K_PRECISION_RECALL,
+        k_dc=K_DENSITY_COVERAGE,
+        ref_radii=reference.radii,
+    )
+    return {
+        metric_name("fd", name): frechet_distance(reference.moments, moments(features)),
+        metric_name("kd", name): kernel_distance(reference.features, features),
+        metric_name("precision", name): manifold.precision,
+        metric_name("recall", name): manifold.recall,
+        metric_name("density", name): manifold.density,
+        metric_name("coverage", name): manifold.coverage,
+    }
+
+
+def describe_reference(references: list[ReferenceFeatures], data: Dataset) -> dict[str, Any]:
+    """The reference block of ``results.json``: data, extractors, conventions, and real data against real data."""
+    floor: dict[str, float] = {}
+    for reference in references:
+        floor |= real_floor(reference)
+    half = len(data.x) // 2
+    return {
+        "dataset": data.name,
+        "n": len(data.x),
+        "extractors": {
+            reference.extractor.name: {"dim": reference.features.shape[1], "digest": reference.extractor.digest}
+            for reference in references
+        },
+        "floor": floor,
+        "floor_n": [half, len(data.x) - half],
+        "protocol": {
+            "reference": "the training data themselves",
+            "quantisation": "uint8 by (127.5 x + 128), clamped, once" if data.kind == "image" else "none (points)",
+            "frechet": "float64, covariance with n - 1, no bias correction",
+            "kernel": "unbiased MMD^2, kernel (x.y / D + 1)^3, all pairs",
+            "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; density, coverage: k = {K_DENSITY_COVERAGE}; <=",
+            "labels": "balanced, i mod classes" if data.num_classes else "none",
+            "floor": "two disjoint halves of the real data, one as reference, the other as samples",
+        },
+    }
+
+
+def real_floor(reference: ReferenceFeatures) -> dict[str, float]:
+    """The metrics of one random half of the real data against the other: what sampling noise alone costs."""
+    everything = torch.arange(len(reference.features))
+    order = Key(0).uniform("floor", everything).argsort(stable=True).to(reference.features.device)
+    half = len(order) // 2
+    a, b = reference.features[order[:half]], reference.features[order[half:]]
+    k = max(K_PRECISION_RECALL, K_DENSITY_COVERAGE)
+    return compare(ReferenceFeatures(reference.extractor, a, moments(a), radii(a, k)), b)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

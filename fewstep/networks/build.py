@@ -1,0 +1,32 @@
+"""From a network's config to its module, through one literal dict."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fewstep.networks.config import MLPConfig, NetworkConfig
+from fewstep.networks.mlp import MLP
+
+NETWORKS = {"mlp": MLP}
+
+
+def build_network(config: NetworkConfig, shape: tuple[int, ...], num_classes: int, *, two_times: bool) -> nn.Module:
+    """A freshly initialised ``net(x, t, r, label)`` for samples of ``shape``; ``num_classes = 0`` is unconditional.
+
+    The initial weights depend on torch's global seed: call ``torch.manual_seed`` first.
+    """
+    return NETWORKS[config.kind](math.prod(shape), config, num_classes, two_times=two_times)
+
+
+def parameter_count(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def network_from_card(card: Mapping[str, Any]) -> tuple[NetworkConfig, nn.Module]:
+    """The network an exported model's ``config.json`` describes, with its config; its weights are not loaded yet."""
+    config = MLPConfig.model_validate(card["network"])
+    data = card["data"]
+    net = build_network(config, tuple(data["shape"]), data["num_classes"], two_times=card["two_times"])
+    return config, net

@@ -1,0 +1,19 @@
+"""Config of networks. Imports no torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fewstep.block import Block
+
+
+class MLPConfig(Block):
+    """A residual MLP of ``depth`` blocks of ``width`` channels with hidden layers of ``expansion * width``."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(128, ge=8)
+    depth: int = Field(3, ge=1)
+    expansion: int = Field(2, ge=1)
+
+
+NetworkConfig = MLPConfig

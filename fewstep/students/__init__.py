@@ -1,0 +1,1 @@
+"""Trainable flow maps over a two-time network. Imports nothing by itself."""

@@ -1,0 +1,73 @@
+"""An exported model, teacher or student, as a sampler."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.checkpoint import ExportedModel, read_model
+from fewstep.errors import UsageError
+from fewstep.flow import FlowMap, TimeDomain
+from fewstep.networks.build import network_from_card, parameter_count
+from fewstep.sampling import MapSampler, OdeSampler, Sampler
+from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
+from fewstep.teachers.network import NetworkField, freeze
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A sampler with its card; ``digest`` identifies the weights, ``guidance`` what is built into the samples."""
+
+    name: str
+    role: str
+    objective: str
+    sampler: Sampler
+    guidance: float
+    digest: str
+    params: int
+    card: dict[str, Any]
+
+
+def load_model(path: Path, device: torch.device) -> LoadedModel:
+    """Read a run's exported model. Missing, truncated or foreign files are a ``UsageError``."""
+    exported = read_model(path)
+    card = exported.card
+    sampler: Sampler
+    if card["role"] == "teacher":
+        field = NetworkField(_network(exported, "model.safetensors", device))
+        sampler = OdeSampler(field, exported.sampler["solver"])
+    else:
+        sampler = MapSampler(_maps(exported, device), exported.sampler["sampler"])
+    net = network_from_card(card)[1]
+    return LoadedModel(
+        name=str(card["name"]),
+        role=str(card["role"]),
+        objective=str(card["objective"]),
+        sampler=sampler,
+        guidance=float(card["guidance"]),
+        digest=exported.digest(),
+        params=parameter_count(net),
+        card=card,
+    )
+
+
+def _maps(exported: ExportedModel, device: torch.device) -> dict[int, FlowMap]:
+    kind = exported.card["student"]
+    maps: dict[int, FlowMap] = {}
+    for steps, entry in exported.sampler["steps"].items():
+        net = _network(exported, entry["weights"], device)
+        if kind == "consistency":
+            maps[int(steps)] = ConsistencyMap(net)
+        elif kind == "average_velocity":
+            grid = tuple(entry["times"]) if "times" in entry else ()
+            maps[int(steps)] = AverageVelocityMap(net, TimeDomain("grid", grid) if grid else TimeDomain("any"))
+        else:
+            raise UsageError(f"{exported.folder}: this version knows no student of kind {kind!r}")
+    return maps
+
+
+def _network(exported: ExportedModel, weights: str, device: torch.device) -> torch.nn.Module:
+    _, net = network_from_card(exported.card)
+    net.load_state_dict(exported.weights(weights))
+    return freeze(net.to(device))

@@ -1,0 +1,1 @@
+"""Frozen velocity fields: analytic, trained here, guided. Imports nothing by itself."""

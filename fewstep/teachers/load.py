@@ -1,0 +1,85 @@
+"""From a teacher config to a frozen velocity field."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fewstep.checkpoint import digest, read_model
+from fewstep.config import recipe_names
+from fewstep.data.config import DataConfig, ToyConfig
+from fewstep.data.dataset import Dataset
+from fewstep.data.toys import EIGHT_GAUSSIANS, MIXTURE, MIXTURE_1D
+from fewstep.errors import UsageError, nearest
+from fewstep.flow import VelocityField
+from fewstep.networks.build import network_from_card
+from fewstep.networks.config import NetworkConfig
+from fewstep.teachers.analytic import MixtureTeacher
+from fewstep.teachers.config import AnalyticTeacher, RunTeacher, TeacherConfig
+from fewstep.teachers.guided import guided
+from fewstep.teachers.network import NetworkField, freeze
+
+
+MIXTURES = {"eight_gaussians": EIGHT_GAUSSIANS, "mixture": MIXTURE, "mixture_1d": MIXTURE_1D}
+"""Toys with a closed form."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen velocity field (guidance included) and what it is.
+
+    ``net`` and ``network`` are None for an analytic teacher; ``digest`` identifies the weights (or the formula).
+    """
+
+    name: str
+    field: VelocityField
+    net: nn.Module | None
+    network: NetworkConfig | None
+    guidance: float
+    digest: str
+    params: int
+
+
+def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, device: torch.device) -> Teacher:
+    """Load a teacher for this data. What does not exist or does not fit is a ``UsageError``."""
+    if isinstance(config, AnalyticTeacher):
+        return _analytic(config, data_config)
+    return _trained(config, data, device)
+
+
+def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher:
+    path = Path(config.path)
+    if not path.exists():
+        recipe = path.name if path.name in recipe_names() else None
+        advice = f"run `fewstep teach {recipe}` first" if recipe else "train it with `fewstep teach` first"
+        raise UsageError(f"the teacher {path} has not been trained: {advice}")
+    exported = read_model(path)
+    card = exported.card
+    if card["role"] != "teacher":
+        raise UsageError(f"{path} holds a student ({card['objective']}), not a teacher")
+    if tuple(card["data"]["shape"]) != data.shape or card["data"]["num_classes"] != data.num_classes:
+        raise UsageError(
+            f"the teacher {path} was trained on {card['data']['name']} with samples of shape "
+            f"{tuple(card['data']['shape'])}; the data here are {data.name} with {data.shape}"
+        )
+    network, net = network_from_card(card)
+    net.load_state_dict(exported.weights())
+    net = freeze(net.to(device))
+    classes = data.num_classes
+    if config.guidance != 1 and not classes:
+        raise UsageError(f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes")
+    field = guided(NetworkField(net), config.guidance, classes or None)
+    params = sum(parameter.numel() for parameter in net.parameters())
+    return Teacher(str(card["name"]), field, net, network, config.guidance, exported.digest(), params)
+
+
+def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
+    if not isinstance(data, ToyConfig) or data.name not in MIXTURES:
+        asked = data.name if isinstance(data, ToyConfig) else data.kind
+        raise UsageError(f"teacher.kind analytic: no closed form for data {asked}; {nearest(asked, MIXTURES)}")
+    spec = MIXTURES[data.name]
+    field = MixtureTeacher.from_spec(spec)
+    if config.guidance != 1:
+        raise UsageError("teacher.guidance: the analytic teacher is not guided; leave it at 1")
+    return Teacher(f"exact {data.name}", field, None, None, 1.0, digest(repr(spec).encode()), 0)

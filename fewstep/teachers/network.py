@@ -1,0 +1,24 @@
+"""A trained network as a velocity field."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class NetworkField:
+    """``v(x, t) = net(x, t, r = t)``: a velocity network, or the diagonal of an average-velocity network.
+
+    Not a module: an objective that holds a teacher must not train, prepare or save it.
+    """
+
+    net: nn.Module
+    nfe: int = 1
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        return self.net(x, t_B, t_B, label_B)
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients. Returns the same module."""
+    return net.eval().requires_grad_(False)

@@ -1,0 +1,218 @@
+"""The commands as functions: what ``cli`` calls, and what a script may call instead."""
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fewstep.checkpoint import RunDirectory, checkpoints, read_model, write_json
+from fewstep.config import RunConfig, check_config, load_config
+from fewstep.data.dataset import Dataset
+from fewstep.data.load import load_data
+from fewstep.distill.run import run_training
+from fewstep.environment import describe_environment
+from fewstep.errors import UsageError
+from fewstep.evaluation.config import EvaluateConfig
+from fewstep.evaluation.features import build_extractor
+from fewstep.evaluation.results import Model, Report, Row
+from fewstep.evaluation.sweep import Candidate, draw, sweep
+from fewstep.sampling import OdeSampler
+from fewstep.students.load import LoadedModel, load_model
+from fewstep.teachers.load import Teacher, load_teacher
+
+DEMO_TEACHER = "digits-teacher"
+DEMO_STUDENTS = ("digits-progressive", "digits-meanflow", "digits-consistency")
+DEMO_TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_config(run: Path) -> RunConfig:
+    """The config a run was trained with."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"no run at {run} (no config.yaml there)")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return check_config(tree, str(path))
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampledRun:
+    """Samples ``x [n, *D]`` of a run with their labels, and network evaluations per sample."""
+
+    model: LoadedModel
+    data: Dataset
+    x: Tensor
+    label: Tensor | None
+    nfe: int
+
+
+def sample_run(run: Path, *, steps: int, n: int, seed: int, batch_size: int) -> SampledRun:
+    """Samples ``0 .. n - 1`` of a seed from a finished run."""
+    device = default_device()
+    config = run_config(run)
+    model = load_model(run, device)
+    _check_steps(model, (steps,))
+    data = load_data(config.data)
+    drawn = draw(model.sampler, steps, data, n=n, batch_size=batch_size, seed=seed, device=device)
+    return SampledRun(model, data, drawn.x, drawn.label, drawn.nfe)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate_runs(
+    runs: Sequence[Path],
+    *,
+    settings: EvaluateConfig | None = None,
+    steps: tuple[int, ...] | None = None,
+    seed: int = 0,
+    weights: Path | None = None,
+    report: Callable[[Row], None] = lambda row: None,
+) -> Report:
+    """Sweep finished runs that share a data set, with the teacher of the first student among them as anchor.
+
+    ``settings`` defaults to the ``evaluate`` block of the first run; ``steps`` overrides the step counts of all students.
+    """
+    device = default_device()
+    configs = [run_config(run) for run in runs]
+    models = [load_model(run, device) for run in runs]
+    data_config = configs[0].data
+    for run, config in zip(runs, configs, strict=True):
+        if config.data != data_config:
+            raise UsageError(f"{run} was trained on other data than {runs[0]}: their rows would not compare")
+    data = load_data(data_config)
+    settings = settings or configs[0].evaluate
+    extractors = [build_extractor(name, device, weights) for name in settings.features]
+
+    candidates, facts = [], []
+    for config, model in zip(configs, models, strict=True):
+        own = steps or config.evaluate.steps
+        if model.role == "teacher":
+            own = steps or settings.teacher_steps or config.evaluate.steps
+        _check_steps(model, own)
+        candidates.append(_candidate(model, own))
+        facts.append(_facts(model))
+    if not any(candidate.role == "teacher" for candidate in candidates):
+        config = next(config for config in configs if config.teacher is not None or config is configs[-1])
+        if config.teacher is not None and settings.teacher_steps:
+            teacher = load_teacher(config.teacher, data_config, data, device)
+            candidates.append(_teacher_candidate(teacher, settings.teacher_steps))
+            facts.append(_teacher_facts(teacher, config))
+
+    rows, reference = sweep(candidates, data, extractors, settings, seed=seed, device=device, report=report)
+    environment = {**describe_environment(), "date": datetime.date.today().isoformat()}
+    return Report(tuple(rows), tuple(facts), reference, environment)
+
+
+def write_results(path: Path, report: Report) -> None:
+    write_json(path, report.to_json())
+
+
+def _check_steps(model: LoadedModel, steps: Sequence[int]) -> None:
+    for count in steps:
+        try:
+            model.sampler.check(count)
+        except ValueError as error:
+            raise UsageError(f"{model.name}: {error}") from error
+
+
+def _candidate(model: LoadedModel, steps: tuple[int, ...]) -> Candidate:
+    return Candidate(
+        name=model.name,
+        role="teacher" if model.role == "teacher" else "student",
+        objective=model.objective,
+        sampler=model.sampler,
+        steps=steps,
+        guidance=model.guidance,
+        digest=model.digest,
+        params=model.params,
+    )
+
+
+def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...]) -> Candidate:
+    return Candidate(
+        name=teacher.name,
+        role="teacher",
+        objective="flow_matching" if teacher.net is not None else "exact",
+        sampler=OdeSampler(teacher.field),
+        steps=steps,
+        guidance=teacher.guidance,
+        digest=teacher.digest,
+        params=teacher.params,
+    )
+
+
+def _facts(model: LoadedModel) -> Model:
+    card = model.card
+    return Model(
+        name=model.name,
+        role="teacher" if model.role == "teacher" else "student",
+        objective=model.objective,
+        params=model.params,
+        train_steps=card["train"]["steps"],
+        train_samples=card["train"]["samples"],
+        train_s=card["train"]["seconds"],
+        teacher_digest=card["teacher_digest"],
+    )
+
+
+def _teacher_facts(teacher: Teacher, config: RunConfig) -> Model:
+    if config.teacher is not None and config.teacher.kind == "run":
+        trained = read_model(Path(config.teacher.path)).card["train"]
+    else:
+        trained = {"steps": 0, "samples": 0, "seconds": 0.0}
+    objective = "flow_matching" if teacher.net is not None else "exact"
+    return Model(
+        teacher.name, "teacher", objective, teacher.params, trained["steps"], trained["samples"], trained["seconds"]
+    )
+
+
+# The demo ------------------------------------------------------------------------------------------------------------
+
+
+def demo_configs(out: Path, seed: int, overrides: Sequence[str] = ()) -> list[tuple[RunConfig, RunDirectory]]:
+    """The four recipes of the demo with their run directories below ``out``, the teacher first."""
+    runs = []
+    for name in (DEMO_TEACHER, *DEMO_STUDENTS):
+        own = [f"seed={seed}", *overrides]
+        if name != DEMO_TEACHER:
+            own.append(f"teacher.path={json.dumps(str(out / DEMO_TEACHER))}")
+        runs.append((load_config(name, own), RunDirectory(out / name)))
+    return runs
+
+
+def demo_train(
+    config: RunConfig, run: RunDirectory, *, resume: bool, overwrite: bool, stopped: Callable[[], bool]
+) -> Any:
+    """Progress of one run of the demo; with ``resume`` a finished run is left alone and an unfinished one goes on."""
+    if resume and (run.model / "config.json").is_file():
+        return iter(())
+    again = resume and bool(checkpoints(run.checkpoints))
+    return run_training(config, run, resume=again, overwrite=overwrite or (resume and not again), stopped=stopped)
+
+
+def demo_evaluate(out: Path, *, n: int, seed: int, report: Callable[[Row], None]) -> Report:
+    """Teacher at 1 to 64 steps and the three students, on shared seeds."""
+    settings = load_config(DEMO_STUDENTS[0]).evaluate
+    settings = EvaluateConfig.model_validate(
+        {**settings.model_dump(), "n": n, "teacher_steps": DEMO_TEACHER_STEPS}
+    )
+    runs = [out / name for name in (DEMO_TEACHER, *DEMO_STUDENTS)]
+    return evaluate_runs(runs, settings=settings, seed=seed, report=report)
+
+

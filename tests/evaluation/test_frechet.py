@@ -1,0 +1,221 @@
+"""The Fréchet distance against values derived on paper, singular cases included, and second implementations."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from fewstep.evaluation.frechet import Moments, frechet_distance, merge, moments
+
+
+def gaussian(mean, cov, n=10**6) -> Moments:
+    return Moments(torch.tensor(mean, dtype=torch.float64), torch.tensor(cov, dtype=torch.float64), n)
+
+
+def random_covariance(dim: int, seed: int, rank: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(dim, rank or dim, generator=generator, dtype=torch.float64)
+    return root @ root.T / dim
+
+
+def samples(n: int, dim: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    """Non-negative features with a decaying spectrum, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, dim + 1, dtype=torch.float64) ** -0.7
+    return torch.randn(n, dim, generator=generator, dtype=torch.float64).relu() * spectrum * scale
+
+
+def close(value: float, expected: float, tolerance: float = 1e-10) -> None:
+    assert value == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+# --- moments
+
+
+def test_moments_of_two_points():
+    """(1, 2), (3, 6): mean (2, 4), deviations -+(1, 2), so ddof = 1 gives twice the outer product, over one."""
+    m = moments(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    assert m.mean.tolist() == [2.0, 4.0]
+    assert m.cov.tolist() == [[2.0, 4.0], [4.0, 8.0]]
+    assert m.n == 2
+    assert m.cov.dtype == torch.float64
+
+
+def test_a_large_mean_costs_no_digits():
+    """Shifting float32 features by 2^12 (exact for multiples of 2^-8) leaves the covariance as it was."""
+    x = torch.randint(-512, 512, (5000, 3), generator=torch.Generator().manual_seed(0)) / 256
+    torch.testing.assert_close(moments(x + 4096).cov, moments(x).cov, rtol=1e-12, atol=1e-12)
+
+
+def test_merge_is_the_moments_of_both():
+    """Unequal sizes and means, so that a wrong weight shows."""
+    x = samples(5000, 4, seed=1) + 3
+    parts = [moments(x[:7]), moments(x[7:2500]), moments(x[2500:])]
+    merged = merge(merge(parts[0], parts[1]), parts[2])
+    whole = moments(x)
+    assert merged.n == whole.n
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(merged.cov, whole.cov, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 3), torch.zeros(5), torch.tensor([[0.0], [math.nan]])])
+def test_unusable_features_are_an_error(bad):
+    with pytest.raises(ValueError, match="features"):
+        moments(bad)
+
+
+def test_factor_reproduces_the_covariance_and_is_computed_once():
+    full, singular = (Moments(torch.zeros(6), random_covariance(6, 2, rank), 1000) for rank in (6, 4))
+    for m, rank in ((full, 6), (singular, 4)):
+        assert m.factor.shape == (6, rank)
+        torch.testing.assert_close(m.factor @ m.factor.T, m.cov, rtol=0, atol=1e-14)
+        assert m.factor is m.factor
+
+
+# --- closed forms
+
+
+def test_one_dimension():
+    """(m1 - m2)^2 + (s1 - s2)^2: N(0, 1) and N(3, 4) are 9 + 1 apart."""
+    close(frechet_distance(gaussian([0.0], [[1.0]]), gaussian([3.0], [[4.0]])), 10)
+
+
+def test_mean_shift_alone():
+    """Equal covariances: |m1 - m2|^2 = 9 + 16, whatever the covariance."""
+    cov = random_covariance(2, 3).tolist()
+    close(frechet_distance(gaussian([0.0, 0.0], cov), gaussian([3.0, -4.0], cov)), 25)
+
+
+@pytest.mark.parametrize("c", [0.25, 1.0, 9.0])
+def test_commuting_covariances(c):
+    """S2 = c S1: tr S1 + c tr S1 - 2 sqrt(c) tr S1 = (sqrt c - 1)^2 tr S1."""
+    cov = random_covariance(5, 4)
+    value = frechet_distance(Moments(torch.zeros(5), cov, 1000), Moments(torch.zeros(5), c * cov, 1000))
+    close(value, (math.sqrt(c) - 1) ** 2 * float(cov.trace()))
+
+
+def test_two_dimensions_without_commuting():
+    """(AB)^(1/2) has trace sqrt(tr AB + 2 sqrt(det AB)) in two dimensions (Cayley-Hamilton).
+
+    A = [[2, 1], [1, 2]], B = [[5, 0], [0, 1]]: tr AB = 12, det AB = 15.
+    """
+    value = frechet_distance(gaussian([0.0, 0.0], [[2.0, 1.0], [1.0, 2.0]]), gaussian([0.0, 0.0], [[5.0, 0], [0, 1]]))
+    close(value, 4 + 6 - 2 * math.sqrt(12 + 2 * math.sqrt(15)))
+
+
+def test_zero_to_itself_and_symmetric():
+    a, b = moments(samples(500, 8, seed=5)), moments(samples(400, 8, seed=6, scale=1.3))
+    assert 0 <= frechet_distance(a, a) < 1e-12
+    close(frechet_distance(a, b), frechet_distance(b, a))
+    assert frechet_distance(a, b) > 0.01
+
+
+def test_never_negative():
+    for seed in range(20):
+        m = moments(samples(60, 30, seed=seed))
+        assert frechet_distance(m, m) >= 0
+
+
+# --- singular references
+
+
+def test_rank_one_reference():
+    """A = a a': tr (A B)^(1/2) = sqrt(a' B a). With a = (1, 2, 0), B = diag(4, 3, 7): sqrt(4 + 12) = 4; 5 + 14 - 8."""
+    a = [[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
+    b = [[4.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 7.0]]
+    zero = [0.0, 0.0, 0.0]
+    close(frechet_distance(gaussian(zero, a), gaussian(zero, b)), 11)
+    close(frechet_distance(gaussian(zero, b), gaussian(zero, a)), 11)
+
+
+def test_a_point_mass():
+    """Nothing varies in the reference: |m|^2 + tr S2 = 1 + 5. A collapsed generator is the same, mirrored."""
+    point, spread = gaussian([1.0, 0.0], [[0.0, 0.0], [0.0, 0.0]]), gaussian([0.0, 0.0], [[2.0, 0.5], [0.5, 3.0]])
+    close(frechet_distance(point, spread), 6)
+    close(frechet_distance(spread, point), 6)
+    close(frechet_distance(point, point), 0)
+
+
+def test_constant_features_are_left_out_exactly():
+    """A feature constant in the reference that varies by s^2 in the other adds s^2; constant in both adds nothing."""
+    x, y = samples(300, 6, seed=7), samples(400, 6, seed=8, scale=1.2)
+    core = frechet_distance(moments(x), moments(y))
+    noise = torch.randn(400, 1, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 0.3
+    noise -= noise.mean()
+    padded_x = torch.cat((torch.full((300, 1), -1.0), x, torch.zeros(300, 1)), dim=1)
+    padded_y = torch.cat((torch.full((400, 1), -1.0), y, noise), dim=1)
+    close(frechet_distance(moments(padded_x), moments(padded_y)), core + float(noise.var()))
+
+
+def test_dependent_features_whose_cholesky_succeeds_by_rounding():
+    """Duplicated columns (x, x), (y, y): both covariances are [[S, S], [S, S]], so the distance just doubles.
+
+    Their Cholesky factor may exist thanks to rounding, with pivots of 1e-8 that must not count.
+    """
+    x, y = samples(300, 6, seed=10), samples(400, 6, seed=11, scale=1.4)
+    once = frechet_distance(moments(x), moments(y))
+    close(frechet_distance(moments(torch.cat((x, x), 1)), moments(torch.cat((y, y), 1))), 2 * once)
+
+
+# --- fewer samples than dimensions
+
+
+@pytest.mark.parametrize(("n", "m"), [(400, 40), (40, 400), (50, 30), (30, 50), (2, 2)])
+@pytest.mark.filterwarnings("ignore:.*mostly bias")
+def test_few_samples_against_the_nuclear_norm(n, m):
+    """tr (S1 S2)^(1/2) is the nuclear norm of Xc Yc' / sqrt((n - 1)(m - 1)), which involves no D x D root at all."""
+    x, y = samples(n, 100, seed=12), samples(m, 100, seed=13, scale=1.1) + 0.01
+    a, b = moments(x), moments(y)
+    trace = torch.linalg.svdvals((x - x.mean(0)) @ (y - y.mean(0)).T).sum() / math.sqrt((n - 1) * (m - 1))
+    expected = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace
+    close(frechet_distance(a, b), float(expected), 1e-9)
+
+
+def test_few_samples_warn():
+    many, few = moments(samples(50, 10, seed=14)), moments(samples(10, 10, seed=15))
+    for pair in ((many, few), (few, many)):
+        with pytest.warns(UserWarning, match="10 samples of 10 features"):
+            frechet_distance(*pair)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(many, moments(samples(11, 10, seed=15)))
+
+
+def test_dimensions_must_agree():
+    with pytest.raises(ValueError, match="3 and 2"):
+        frechet_distance(moments(samples(9, 3, seed=0)), moments(samples(9, 2, seed=0)))
+
+
+# --- second implementations
+
+
+def test_against_scipy_sqrtm():
+    try:
+        from scipy.linalg import sqrtm
+    except Exception as reason:
+        pytest.skip(f"scipy does not import: {reason}")
+    a, b = moments(samples(500, 32, seed=16)), moments(samples(400, 32, seed=17, scale=1.2))
+    trace = sqrtm((a.cov @ b.cov).numpy()).real.trace()
+    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * trace
+    close(frechet_distance(a, b), expected, 1e-9)
+
+
+def test_against_torchmetrics():
+    try:
+        from fewstep.evaluation.compat import prepare_torchvision
+
+        prepare_torchvision()
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except Exception as reason:
+        pytest.skip(f"torchmetrics does not import: {reason}")
+    x, y = samples(500, 8, seed=18).float(), samples(400, 8, seed=19, scale=1.2).float()
+
+    class Features(torch.nn.Identity):
+        num_features = 8
+
+    metric = FrechetInceptionDistance(feature=Features(), input_img_size=(1, 1, 8))
+    metric.set_dtype(torch.float64)
+    metric.update(x.double(), real=True)
+    metric.update(y.double(), real=False)
+    close(frechet_distance(moments(x), moments(y)), float(metric.compute()), 1e-5)  # it answers in float32

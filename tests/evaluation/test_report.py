@@ -1,0 +1,536 @@
+"""The report: numbers survive every rendering, comparisons are right, and the page stands on its own."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from fewstep.errors import UsageError
+from fewstep.evaluation.report import tables, write_report
+from fewstep.evaluation.report.figures import pareto_front
+from fewstep.evaluation.report.grids import grids, tiles
+from fewstep.evaluation.results import Measured, Model, Report, Row, read_results
+
+TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64)
+STUDENT_STEPS = (1, 2, 4, 8)
+# fd_pixels by steps. At 4 steps meanflow has 0.43 against the teacher's 0.54 at 64: 0.796 of it.
+FD_PIXELS = {
+    "digits-teacher": (27.1, 11.2, 3.61, 1.42, 0.871, 0.62, 0.54),
+    "digits-meanflow": (0.91, 0.62, 0.43, 0.46),
+    "digits-progressive": (1.84, 0.95, 0.66, 0.51),
+    "digits-consistency": (1.22, 1.31, 1.28, 1.35),
+}
+OBJECTIVES = dict(zip(FD_PIXELS, ("flow_matching", "meanflow", "progressive", "consistency"), strict=True))
+
+
+def strip(quality: float, k: int = 10, side: int = 8) -> str:
+    """k rings of growing size side by side, drowned in noise as quality falls. Base64 PNG."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    noise = np.random.default_rng(0).normal(size=(side, k * side))
+    rings = [np.exp(-((np.hypot(x, y) - 1 - 0.2 * i) ** 2)) for i in range(k)]
+    image = np.concatenate(rings, axis=1) * 255 + noise * 90 / quality
+    out = io.BytesIO()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8), "L").save(out, format="PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def make_row(model: str, steps: int, fd: float) -> Row:
+    teacher = model == "digits-teacher"
+    recall = 0.93 / (1 + 0.11 * fd) - (0.0 if teacher else 0.05)
+    metrics = {
+        "fd_pixels": Measured(fd, fd * 0.96, fd * 1.05),
+        "kd_pixels": Measured(0.002 * fd - 0.0015),
+        "recall_pixels": Measured(recall),
+        "precision_pixels": Measured(0.9 / (1 + 0.05 * fd)),
+        "density_pixels": Measured(1.04 / (1 + 0.07 * fd)),
+        "coverage_pixels": Measured(0.95 / (1 + 0.1 * fd)),
+        "fd_digits": Measured(fd * 3.1 + 0.4),
+        "recall_digits": Measured(recall - 0.03),
+    }
+    if not teacher:
+        metrics["teacher_gap_pixels"] = Measured(0.2 * fd)
+    return Row(
+        model=model,
+        role="teacher" if teacher else "student",
+        objective=OBJECTIVES.get(model, ""),
+        steps=steps,
+        nfe=2 * steps if teacher else steps,
+        sampler="euler" if teacher else "map",
+        guidance=2.0 if teacher else 1.0,
+        n=10_000,
+        seed=0,
+        metrics=metrics,
+        latency_ms=0.4 * steps if teacher else 0.4 * steps + 0.05,
+        images_per_s=48_000 / steps,
+        params=84_480,
+        digest=f"sha256:{model}",
+        samples_png=strip(3 / fd**0.5),
+    )
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    rows = [
+        make_row(model, steps, fd)
+        for model, line in FD_PIXELS.items()
+        for steps, fd in zip(TEACHER_STEPS if model == "digits-teacher" else STUDENT_STEPS, line, strict=True)
+    ]
+    models = tuple(
+        Model(model, rows[i * 4 + 3].role if i else "teacher", OBJECTIVES[model], 84_480, 4000, 512_000, 95.0 + 60 * i)
+        for i, model in enumerate(FD_PIXELS)
+    )
+    reference = {
+        "dataset": "digits 8x8",
+        "n": 1797,
+        "floor": {"fd_pixels": 0.021, "recall_pixels": 0.94, "fd_digits": 0.08},
+        "extractors": {"pixels": {"dim": 64, "digest": "a1b2"}, "digits": {"dim": 32, "digest": "c3d4"}},
+        "protocol": {"quantise": "once, to uint8, before features", "neighbours": "k = 3", "covariance": "ddof = 1"},
+    }
+    environment = {"torch": "2.13.0", "cpu": "2 cores", "commit": "0123abcd", "date": "2026-01-01"}
+    return Report(tuple(rows), models, reference, environment)
+
+
+@pytest.fixture(scope="module")
+def written(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole report, for tests that only read it."""
+    return write_report(report, tmp_path_factory.mktemp("report")).parent
+
+
+def only(report: Report, *models: str) -> Report:
+    return replace(report, rows=tuple(row for row in report.rows if row.model in models))
+
+
+def with_metric(row: Row, **values: float | None) -> Row:
+    return replace(row, metrics={**row.metrics, **{name: Measured(value) for name, value in values.items()}})
+
+
+def parse_markdown(text: str) -> list[dict[str, str]]:
+    """A Markdown table as one dict per line, marks of emphasis and intervals taken off."""
+    split = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.strip().splitlines()]
+    heads, _, *lines = split
+    clean = [[re.sub(r" \[.*\]$", "", cell.replace("**", "")) for cell in line] for line in lines]
+    return [dict(zip(heads, line, strict=True)) for line in clean]
+
+
+class Page(HTMLParser):
+    """The tables' cells, the addresses and the open elements of a page."""
+
+    VOID = ("meta", "img", "wbr", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        if "table" in self.open and ("td" in self.open or "th" in self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def test_numbers_have_three_significant_digits() -> None:
+    cases = {0.43: "0.430", 27.1: "27.1", 100: "100", 0: "0", 48_000: "48,000", 1234.5: "1,230", -0.00042: "-0.000420"}
+    cases |= {0.9996: "1.00", 999.6: "1,000", math.nan: "–", math.inf: "–"}
+    assert {value: tables.number(value) for value in cases} == cases
+    assert tables.number(None) == "–"
+    assert (tables.count(84_480), tables.count(675_129_632), tables.count(999_600)) == ("84.5 k", "675 M", "1.00 M")
+    assert tables.count(17) == "17"
+    assert (tables.duration(95), tables.duration(5400), tables.duration(12)) == ("1.58 min", "1.50 h", "12.0 s")
+
+
+def test_csv_holds_every_number_at_full_precision(report: Report, written: Path) -> None:
+    with (written / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(len(row.metrics) for row in report.rows)
+    found = {(line["model"], int(line["steps"]), line["metric"]): line for line in lines}
+    for row in report.rows:
+        for metric, measured in row.metrics.items():
+            line = found[row.model, row.steps, metric]
+            assert float(line["value"]) == measured.value
+            assert line["low"] == ("" if measured.low is None else repr(measured.low))
+            assert line["high"] == ("" if measured.high is None else repr(measured.high))
+            assert (int(line["nfe"]), int(line["n"]), int(line["params"])) == (row.nfe, row.n, row.params)
+            assert (float(line["latency_ms"]), float(line["images_per_s"])) == (row.latency_ms, row.images_per_s)
+            assert (line["role"], line["objective"], line["sampler"]) == (row.role, row.objective, row.sampler)
+
+
+def test_results_json_is_the_report(report: Report, written: Path) -> None:
+    assert read_results(written / "results.json") == report
+
+
+def test_markdown_and_page_show_the_same_numbers_as_the_rows(report: Report, written: Path) -> None:
+    page = Page((written / "index.html").read_text())
+    metrics = ["fd_pixels", "recall_pixels", "precision_pixels", "density_pixels", "coverage_pixels"]
+    lines = parse_markdown(tables.markdown_table(report, metrics))
+    html = page.tables[1]
+    assert len(lines) == len(report.rows) == len(html) - 1
+    for row, line, cells in zip(report.rows, lines, html[1:], strict=True):
+        assert (line["model"], line["steps"], line["NFE"]) == (row.model, str(row.steps), str(row.nfe))
+        for metric in metrics:
+            head = {"fd_pixels": "fd_pixels ↓", "density_pixels": "density"}.get(metric, metric.split("_")[0] + " ↑")
+            assert line[head] == tables.number(row.metrics[metric].value)
+            shown = cells[html[0].index(head)]
+            assert shown.split(" [")[0] == line[head]
+        fd = row.metrics["fd_pixels"]
+        assert cells[html[0].index("fd_pixels ↓")].endswith(f"[{tables.number(fd.low)}, {tables.number(fd.high)}]")
+        assert line["latency ms"] == tables.number(row.latency_ms)
+        assert line["images/s"] == tables.number(row.images_per_s)
+    assert (
+        tables.as_markdown(tables.results_table(report, tables.main_metrics(report, "digits")))
+        in (written / "report.md").read_text()
+    )
+
+
+def test_ratio_and_speed_up_are_against_the_teacher_at_most_steps(report: Report) -> None:
+    found = {
+        (line["model"], line["steps"]): line for line in parse_markdown(tables.markdown_table(report, ["fd_pixels"]))
+    }
+    # 0.43 / 0.54 and 25.6 ms / 1.65 ms.
+    assert found["digits-meanflow", "4"]["ratio"] == "0.796"
+    assert found["digits-meanflow", "4"]["speed-up"] == "15.5"
+    # 1.22 / 0.54 and 25.6 / 0.45.
+    assert found["digits-consistency", "1"]["ratio"] == "2.26"
+    assert found["digits-consistency", "1"]["speed-up"] == "56.9"
+    assert (found["digits-teacher", "64"]["ratio"], found["digits-teacher", "64"]["speed-up"]) == ("1.00", "1.00")
+    assert found["digits-teacher", "1"]["speed-up"] == "64.0"
+    # Another extractor has its own ratio: (3.1 * 0.43 + 0.4) / (3.1 * 0.54 + 0.4).
+    other = parse_markdown(tables.markdown_table(report, ["fd_digits"]))
+    assert (
+        next(line for line in other if (line["model"], line["steps"]) == ("digits-meanflow", "4"))["ratio"] == "0.836"
+    )
+
+
+def test_best_of_each_step_count_is_bold_in_the_right_direction(report: Report) -> None:
+    table = tables.results_table(report, ["fd_pixels", "recall_pixels", "density_pixels"])
+    columns = {column.head: column for column in table.columns}
+    rows = [row for curve in tables.series(report) for row in curve.rows]
+    for metric, head, best in (("fd_pixels", "fd_pixels ↓", min), ("recall_pixels", "recall ↑", max)):
+        for i, row in enumerate(rows):
+            rivals = [r.metrics[metric].value for r in rows if r.steps == row.steps]
+            # Nothing competes with the teacher at 16 steps and more.
+            expected = len(rivals) > 1 and row.metrics[metric].value == best(rivals)
+            assert columns[head].cells[i].best is expected
+    assert not any(cell.best for cell in columns["density"].cells)
+
+
+def test_headline_names_the_best_student_and_what_it_costs(report: Report) -> None:
+    assert tables.headline(report) == (
+        "At 4 steps, `digits-meanflow` has `fd_pixels` 0.430, 0.796× the teacher's 64-step figure (lower is better), "
+        "in 1/16 of the time; recall falls from 0.878 to 0.838."
+    )
+    # Eight steps are not few: a better student there does not lead.
+    better = tuple(with_metric(row, fd_pixels=0.1) if row.steps == 8 else row for row in report.rows)
+    assert tables.headline(replace(report, rows=better)).startswith("At 4 steps, `digits-meanflow` has")
+    one = tuple(
+        with_metric(r, fd_pixels=0.2) if (r.model[7:], r.steps) == ("progressive", 1) else r for r in report.rows
+    )
+    assert tables.headline(replace(report, rows=one)).startswith(
+        "At 1 step, `digits-progressive` has `fd_pixels` 0.200, 0.370× the teacher's"
+    )
+
+
+def test_headline_says_worse_when_it_is_worse(report: Report) -> None:
+    worse = tables.headline(only(report, "digits-teacher", "digits-consistency", "digits-progressive"))
+    assert worse.startswith(
+        "At 4 steps, even the best student is worse than the teacher: `digits-progressive` has `fd_pixels` 0.660, "
+        "1.22× the teacher's 64-step figure, in 1/16 of the time"
+    )
+    alone = tables.headline(only(report, "digits-teacher", "digits-consistency"))
+    assert alone.startswith("At 1 step, the student is worse than the teacher: `digits-consistency` has")
+    even = tuple(
+        with_metric(r, fd_pixels=0.54) if (r.model[7:], r.steps) == ("meanflow", 4) else r for r in report.rows
+    )
+    assert ", equal to the teacher's 64-step figure, in 1/16 of the time" in tables.headline(replace(report, rows=even))
+
+
+def test_headline_says_when_intervals_overlap(report: Report) -> None:
+    def widen(row: Row, low: float, high: float) -> Row:
+        return replace(row, metrics={**row.metrics, "fd_pixels": Measured(row.metrics["fd_pixels"].value, low, high)})
+
+    assert "overlap" not in tables.headline(report)  # [0.413, 0.452] and [0.518, 0.567]
+    rows = tuple(widen(r, 0.3, 0.52) if (r.model[7:], r.steps) == ("meanflow", 4) else r for r in report.rows)
+    assert tables.headline(replace(report, rows=rows)).endswith(" (the two 95% intervals overlap).")
+
+
+@pytest.mark.parametrize(
+    ("speed_up", "clause"),
+    [
+        (15.5, "in 1/16 of the time"),
+        (3.94, "in 1/3.9 of the time"),
+        (1.02, "in the same time"),
+        (0.5, "in 2.00× the time"),
+    ],
+)
+def test_clause_about_time(speed_up: float, clause: str) -> None:
+    assert tables.times_as_long(speed_up) == clause
+
+
+def test_headline_without_teacher_or_students(report: Report) -> None:
+    students = replace(report, rows=tuple(row for row in report.rows if row.role == "student"))
+    assert "no teacher was measured beside it, so what was lost is not known" in tables.headline(students)
+    assert "ratio" not in tables.markdown_table(students, ["fd_pixels"])
+    assert tables.headline(only(report, "digits-teacher")) == (
+        "No student was measured; at 64 steps the teacher has `fd_pixels` 0.540."
+    )
+
+
+def test_different_sample_counts_are_not_compared(report: Report) -> None:
+    rows = tuple(replace(row, n=2000) if row.model == "digits-meanflow" else row for row in report.rows)
+    mixed = replace(report, rows=rows)
+    assert tables.headline(mixed).startswith(
+        "At 4 steps, even the best student is worse than the teacher: `digits-prog"
+    )
+    found = {
+        (line["model"], line["steps"]): line for line in parse_markdown(tables.markdown_table(mixed, ["fd_pixels"]))
+    }
+    assert found["digits-meanflow", "4"]["ratio"] == "–"
+    assert (found["digits-meanflow", "4"]["n"], found["digits-progressive", "4"]["n"]) == ("2,000", "10,000")
+    lonely = tables.headline(only(mixed, "digits-teacher", "digits-meanflow"))
+    assert lonely.endswith("is on another number of samples and does not compare.")
+
+
+def test_only_inception_is_called_fid(report: Report, written: Path) -> None:
+    page = (written / "index.html").read_text()
+    defined = page.index("FID")
+    assert page[defined - 4 : defined + 10].startswith("<dt>FID</dt>")
+    assert "FID" not in (written / "report.md").read_text().split("### Definitions")[0]
+    rows = tuple(replace(row, metrics={"fid": row.metrics["fd_pixels"]}) for row in report.rows)
+    inception = replace(report, rows=rows, reference={**report.reference, "extractors": {"inception": {"dim": 2048}}})
+    assert "FID@10k ↓" in tables.markdown_table(inception, ["fid"])
+    full = replace(inception, rows=tuple(replace(row, n=50_000) for row in rows))
+    assert "| FID ↓ |" in tables.markdown_table(full, ["fid"])
+
+
+def test_pareto_front_of_a_worked_example() -> None:
+    points = [(1.0, 9.0), (2.0, 4.0), (2.0, 5.0), (3.0, 4.0), (4.0, 1.0), (5.0, 2.0), (0.5, 20.0), (4.0, 1.0)]
+    # (2, 5) and (3, 4) lose to (2, 4), (5, 2) loses to (4, 1); the two (4, 1) do not beat each other.
+    assert pareto_front(points) == [6, 0, 1, 4, 7]
+    assert pareto_front([]) == []
+    assert pareto_front([(1.0, 1.0)]) == [0]
+
+
+def test_page_stands_on_its_own(written: Path) -> None:
+    text = (written / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert "http" not in text
+    assert "<script" not in text
+    assert "<link" not in text
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert {found for found in re.findall(r"url\(#([^)]+)\)", text)} <= set(page.ids)
+    # Four figures against steps and two against time; one grid per model.
+    assert text.count("<svg") == 6
+    assert text.count('<img class="grid"') == 4
+    assert "n = 10,000" in page.words
+    assert "k = 3" in page.words
+    assert "0123abcd" in page.words
+    assert "guidance's second call included" in page.words
+
+
+def test_two_writes_give_the_same_bytes_and_leave_nothing_behind(report: Report, written: Path, tmp_path: Path) -> None:
+    write_report(report, tmp_path / "a")
+    write_report(report, tmp_path / "b")
+    write_report(report, tmp_path / "b")
+    files = [
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in tmp_path.iterdir()
+    ]
+    assert files[0] == files[1]
+    names = {str(path) for path in files[0]}
+    assert {"index.html", "report.md", "results.csv", "results.json", "card.md", "cards/digits-meanflow.md"} <= names
+    assert {"figures/fd_pixels-steps.svg", "figures/fd_pixels-latency.png", "samples/digits-teacher.png"} <= names
+    assert not [name for name in names if "tmp" in name]
+
+
+def test_a_users_style_does_not_change_a_report(report: Report, tmp_path: Path) -> None:
+    import matplotlib
+
+    small = only(report, "digits-meanflow")
+    write_report(small, tmp_path / "a")
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red"}):
+        write_report(small, tmp_path / "b")
+        assert matplotlib.rcParams["font.size"] == 20
+    figure = "figures/fd_pixels-steps.svg"
+    assert (tmp_path / "a" / figure).read_bytes() == (tmp_path / "b" / figure).read_bytes()
+
+
+def test_names_from_outside_are_escaped(report: Report, tmp_path: Path) -> None:
+    name = '_<script>alert("x")</script> & $x|y*`z'
+    rows = tuple(replace(row, model=name, objective="<i>a|b") for row in only(report, "digits-meanflow").rows)
+    teachers = only(report, "digits-teacher").rows
+    hostile = replace(report, rows=(*teachers, *rows), models=(), environment={"<u>": "</dl>"})
+    text = write_report(hostile, tmp_path).read_text()
+    page = Page(text)
+    assert "<script" not in text
+    assert "<i>" not in text
+    assert "<u>" not in text
+    assert page.open == []
+    assert name in page.words
+    assert sum(cells[0] == name for cells in page.tables[1]) == 4
+    assert "<script" not in (written / "report.md").read_text()
+    widths = {line.replace("\\|", "").count("|") for line in tables.markdown_table(hostile, ["fd_pixels"]).splitlines()}
+    assert len(widths) == 1
+    assert yaml.safe_load((tmp_path / "card.md").read_text().split("---\n")[1])["model-index"][0]["name"] == name
+
+
+def test_card_front_matter_holds_the_students_numbers(report: Report, written: Path, tmp_path: Path) -> None:
+    for model in list(FD_PIXELS)[1:]:
+        text = (written / "cards" / f"{model}.md").read_text()
+        entry = yaml.safe_load(text.split("---\n")[1])["model-index"][0]
+        assert entry["name"] == model
+        found = {
+            (m["type"], m["args"]["steps"]): (m["value"], m["args"]["nfe"], m["args"]["n"])
+            for m in entry["results"][0]["metrics"]
+        }
+        mine = [row for row in report.rows if row.model == model]
+        assert found == {(k, r.steps): (m.value, r.nfe, r.n) for r in mine for k, m in r.metrics.items()}
+    assert (written / "card.md").read_bytes() == (written / "cards" / "digits-meanflow.md").read_bytes()
+    # At one step meanflow has 0.91 against the teacher's 0.54 at 64.
+    assert "- Fréchet distance on pixels: 0.540 → 0.910" in (written / "card.md").read_text()
+    write_report(only(report, "digits-teacher", "digits-meanflow"), tmp_path / "one")
+    assert (tmp_path / "one" / "card.md").is_file()
+    assert not (tmp_path / "one" / "cards").exists()
+
+
+def test_grids_show_the_strips_pixel_for_pixel(report: Report) -> None:
+    found = {grid.name: grid for grid in grids(report)}
+    assert list(found) == list(FD_PIXELS)
+    row = next(row for row in report.rows if (row.model, row.steps) == ("digits-meanflow", 8))
+    picture = np.asarray(Image.open(io.BytesIO(found["digits-meanflow"].png)).convert("RGB"))
+    enlarged = [np.asarray(tile).repeat(6, axis=0).repeat(6, axis=1) for tile in tiles(row)]
+    teacher = next(row for row in report.rows if (row.model, row.steps) == ("digits-teacher", 64))
+    top = np.asarray(tiles(teacher)[0]).repeat(6, axis=0).repeat(6, axis=1)
+
+    def places(tile: np.ndarray) -> list[tuple[int, int]]:
+        windows = np.lib.stride_tricks.sliding_window_view(picture, tile.shape)[:, :, 0]
+        corners = np.argwhere((windows[..., 0, 0, :] == tile[0, 0]).all(axis=-1))
+        return [(int(y), int(x)) for y, x in corners if (windows[y, x] == tile).all()]
+
+    (first,), (second,), (above,) = places(enlarged[0]), places(enlarged[1]), places(top)
+    assert (second[0], second[1] - first[1]) == (first[0], 50)  # 8 pixels six times, and a gap of two
+    assert (above[1], above[0] < first[0]) == (first[1], True)
+
+
+def test_broken_samples_are_named(report: Report, tmp_path: Path) -> None:
+    rows = tuple(replace(row, samples_png="bm90IGEgcG5n") if row.steps == 2 else row for row in report.rows)
+    with pytest.raises(UsageError, match="the samples of digits-teacher at 2 steps are not a PNG"):
+        write_report(replace(report, rows=rows), tmp_path)
+
+
+def test_series_of_one_model_are_told_apart(report: Report) -> None:
+    heun = tuple(replace(row, sampler="heun", nfe=2 * row.nfe) for row in report.rows if row.role == "teacher")
+    labels = [curve.label for curve in tables.series(replace(report, rows=report.rows + heun))]
+    assert labels == ["digits-teacher (euler)", "digits-teacher (heun)", *list(FD_PIXELS)[1:]]
+
+
+def bare(report: Report) -> Report:
+    rows = [replace(row, latency_ms=None, images_per_s=None, samples_png=None) for row in report.rows]
+    return Report(tuple(rows))
+
+
+def single(report: Report) -> Report:
+    return Report((next(row for row in report.rows if row.role == "student"),))
+
+
+def awkward(report: Report) -> Report:
+    rows = [with_metric(row, fd_pixels=0.0, fd_digits=math.nan, recall_pixels=None) for row in report.rows]
+    return replace(report, rows=tuple(rows))
+
+
+def toy(report: Report) -> Report:
+    rows = [
+        replace(row, metrics={"fd_identity": Measured(0.01), "swd": Measured(0.02)}, samples_png=strip(9, k=3, side=96))
+        for row in report.rows
+    ]
+    return Report(
+        tuple(rows), reference={"dataset": "two moons", "extractors": {"identity": {}}, "protocol": ["k = 3"]}
+    )
+
+
+def unmeasured(report: Report) -> Report:
+    return replace(report, rows=tuple(replace(row, metrics={}) for row in report.rows))
+
+
+def long_names(report: Report) -> Report:
+    return replace(report, rows=tuple(replace(row, model=row.model + "-ema" * 40) for row in report.rows))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", [bare, single, awkward, toy, unmeasured, long_names])
+def test_incomplete_reports_are_written(make: Callable[[Report], Report], report: Report, tmp_path: Path) -> None:
+    made = make(report)
+    page = Page(write_report(made, tmp_path).read_text())
+    assert page.open == []
+    assert len(next(lines for lines in page.tables if "NFE" in lines[0])) == len(made.rows) + 1
+    assert "nan" not in page.words.lower().split()
+    assert "None" not in page.words
+    assert json.loads((tmp_path / "results.json").read_text())["rows"]
+
+
+def test_nothing_measured_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing was measured"):
+        write_report(Report(()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_console_table_fits_a_hundred_columns(report: Report) -> None:
+    for made in (report, long_names(report), unmeasured(report)):
+        console = Console(width=100, file=io.StringIO(), color_system=None)
+        console.print(tables.console_table(made))
+        shown = console.file.getvalue()
+        assert max(map(len, shown.splitlines())) <= 100
+        assert "48,000" in shown
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    console.print(tables.console_table(report))
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in console.file.getvalue().splitlines()]
+    assert ["digits-meanflow", "1", "1", "0.910", "3.22", "0.795", "1.69", "0.450", "48,000"] in lines
+    assert ["", "4", "4", "0.430", "1.73", "0.838", "0.796", "1.65", "12,000"] in lines
+
+
+def test_report_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    heavy = ("torch", "matplotlib", "jinja2", "PIL")
+    code = f"import sys, fewstep.evaluation.report; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
