@@ -65,7 +65,9 @@ def digest(content: bytes) -> str:
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file atomically; returns its digest. Tensors are copied to the CPU, one file per group."""
-    content = save({name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}, dict(metadata or {}))
+    content = save(
+        {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}, dict(metadata or {})
+    )
     write_atomic(path, content)
     return digest(content)
 
@@ -136,7 +138,7 @@ def write_model(
     weights: Mapping[str, Tensors],
     readme: str,
 ) -> None:
-    """Export a model: ``config.json`` (what it is, with digests), ``sampler.json``, weights by file name, ``README.md``."""
+    """Export a model: ``config.json`` (its card, with digests), ``sampler.json``, weights by file name, ``README.md``."""
     metadata = {"format": "pt", "convention": "t=0 data, t=1 noise, v=e-x", "objective": str(card["objective"])}
     digests = {name: write_tensors(folder / name, tensors, metadata) for name, tensors in weights.items()}
     write_json(folder / "sampler.json", sampler)

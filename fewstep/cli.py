@@ -20,13 +20,16 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     add_completion=True,
     rich_markup_mode=None,
-    help="Distil a flow-matching teacher into a student that samples in 1-4 network evaluations, and measure what that cost.",
+    help="Distil a flow-matching teacher into a student that samples in 1-4 network evaluations, "
+    "and measure what that cost.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 environment, 4 quality gate, 130 interrupted.",
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with fewstep.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 
-Config = Annotated[str, typer.Argument(help="A recipe name (see `fewstep recipes list`) or a YAML file.", metavar="CONFIG")]
+Config = Annotated[
+    str, typer.Argument(help="A recipe name (see `fewstep recipes list`) or a YAML file.", metavar="CONFIG")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Config overrides, for example train.steps=500.", metavar="[key=value ...]")
 ]
@@ -42,7 +45,7 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a user's mistake into one sentence on stderr and its exit code. Anything else is a defect and keeps its traceback."""
+    """Turn a user's mistake into one sentence on stderr and its exit code; a defect keeps its traceback."""
     try:
         yield
     except FewstepError as error:
@@ -229,14 +232,19 @@ def sample(
 @app.command()
 def evaluate(
     run: RunPath,
-    steps: Annotated[str | None, typer.Option("--steps", help="Step counts, for example 1,2,4 (default: config).")] = None,
+    steps: Annotated[
+        str | None, typer.Option("--steps", help="Step counts, for example 1,2,4 (default: config).")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", min=2, help="Samples per row (default: config).")] = None,
     features: Annotated[str | None, typer.Option("--features", help="Extractors, for example pixels,digits.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of noise and labels, shared by all rows.")] = 0,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sampling batch.")] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")
+    ] = None,
     max_fd: Annotated[
-        float | None, typer.Option("--max-fd", help="Exit 4 if the leading Fréchet distance of any row of RUN exceeds this.")
+        float | None,
+        typer.Option("--max-fd", help="Exit 4 if the leading Fréchet distance of any row of RUN exceeds this."),
     ] = None,
     min_recall: Annotated[
         float | None, typer.Option("--min-recall", help="Exit 4 if the leading recall of any row of RUN is below this.")
@@ -245,7 +253,9 @@ def evaluate(
 ) -> None:
     """Measure a run against step counts -> RUN/results.json.
 
-    The teacher is measured beside a student, on the same seeds. Example: fewstep evaluate runs/digits-meanflow --steps 1,2,4
+    The teacher is measured beside a student, on the same seeds.
+
+    Example: fewstep evaluate runs/digits-meanflow --steps 1,2,4
     """
     with user_errors():
         counts = _step_counts(steps)
@@ -288,7 +298,9 @@ def evaluate(
             if max_fd is not None and fd > max_fd:
                 raise GateFailed(f"{metric_name('fd', extractor)} at {row.steps} steps is {fd:.4g}, above {max_fd:g}")
             if min_recall is not None and recall < min_recall:
-                raise GateFailed(f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}")
+                raise GateFailed(
+                    f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}"
+                )
 
 
 def _step_counts(text: str | None) -> tuple[int, ...] | None:
@@ -306,7 +318,9 @@ def _step_counts(text: str | None) -> tuple[int, ...] | None:
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories with a results.json.", metavar="RUN [RUN ...]")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the report (default: RUN/report for one run).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the report (default: RUN/report for one run).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the report (HTML, Markdown, CSV, figures, sample grids, model card) from results.json alone.
@@ -338,7 +352,8 @@ def demo(
 ) -> None:
     """The whole story on shipped data: a teacher, three students, the report. Minutes on a CPU.
 
-    Trains digits-teacher, digits-progressive, digits-meanflow and digits-consistency, then measures them against step counts.
+    Trains digits-teacher, digits-progressive, digits-meanflow and digits-consistency, then measures them against
+    step counts.
     """
     with user_errors():
         if resume and overwrite:
@@ -354,7 +369,9 @@ def demo(
         for config, run in demo_configs(out, seed, overrides or []):
 
             def start(stopped: Callable[[], bool], config: Any = config, run: Any = run) -> Iterator[Any]:
-                return demo_train(config, run, resume=resume, overwrite=overwrite and run.path.exists(), stopped=stopped)
+                return demo_train(
+                    config, run, resume=resume, overwrite=overwrite and run.path.exists(), stopped=stopped
+                )
 
             try:
                 _show_training(config.name, start)
@@ -405,7 +422,10 @@ def recipes_show(name: Annotated[str, typer.Argument(help="A recipe name.", meta
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: versions, accelerators, forward-mode AD, processes, offline weights. Exit 3 if something needed is missing."""
+    """Check this machine: versions, accelerators, forward-mode AD, processes, offline weights.
+
+    Exits with 3 if something needed is missing.
+    """
     with user_errors():
         from fewstep.doctor import examine
 

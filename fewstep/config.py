@@ -68,7 +68,9 @@ class RunConfig(Block):
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in files("fewstep.recipes").iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml") for path in files("fewstep.recipes").iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def recipe_text(name: str) -> str:

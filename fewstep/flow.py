@@ -9,6 +9,7 @@ Shapes: ``x`` is ``[B, *D]`` (images: NCHW in [-1, 1]), times are ``[B]``, label
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -110,7 +111,7 @@ class TimeDomain:
     grid: tuple[float, ...] = ()
 
     def check(self, t: float, r: float) -> None:
-        """Raise ``ValueError`` unless the jump ``t -> r`` belongs to the domain (``t = r``, the identity, always does)."""
+        """Raise ``ValueError`` unless the jump ``t -> r`` belongs to the domain (the identity ``t = r`` always does)."""
         if not 0 <= r <= t <= 1:
             raise ValueError(f"a jump goes from t to r with 0 <= r <= t <= 1, got t = {t:g}, r = {r:g}")
         if t == r or self.kind == "any":
@@ -120,11 +121,15 @@ class TimeDomain:
                 raise ValueError(f"this student only jumps to data (r = 0), got t = {t:g}, r = {r:g}")
             return
         tolerance = 1e-6  # times travel as float32
-        for start, end in zip(self.grid, self.grid[1:], strict=False):
+        for start, end in pairwise(self.grid):
             if abs(start - t) < tolerance and abs(end - r) < tolerance:
                 return
         nodes = ", ".join(f"{node:g}" for node in self.grid)
         raise ValueError(f"this student only jumps between consecutive nodes of {nodes}; got t = {t:g}, r = {r:g}")
+
+
+ANY_JUMP = TimeDomain("any")
+JUMPS_TO_DATA = TimeDomain("to_data")
 
 
 @runtime_checkable

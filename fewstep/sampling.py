@@ -6,6 +6,7 @@ jump to data with fresh noise (consistency students). Noise for sample ``i`` com
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -68,7 +69,7 @@ def sample_ode(
     _check_grid(times)
     step = SOLVERS[solver]
     x, calls = noise, 0
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in pairwise(times):
         after = step(field, x, _full(t, x), _full(r, x), label_B)
         x, calls = after.x, calls + after.calls
     return Samples(x, calls * field.nfe)
@@ -78,9 +79,9 @@ def sample_ode(
 def sample_map(flow_map: FlowMap, noise: Tensor, times: Tensor, label_B: Tensor | None = None) -> Samples:
     """Jump ``times[0] -> times[1] -> ...`` with a flow map. A jump outside its domain is a ``ValueError``."""
     _check_grid(times)
-    _check_domain(flow_map, list(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)))
+    _check_domain(flow_map, list(pairwise(times.tolist())))
     x, calls = noise, 0
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in pairwise(times):
         x, calls = flow_map(x, _full(t, x), _full(r, x), label_B), calls + 1
     return Samples(x, calls * flow_map.nfe)
 
@@ -104,7 +105,7 @@ def sample_renoise(
         raise ValueError(f"a re-noising grid ends at t = 0, got {float(times[-1]):g}")
     _check_domain(flow_map, [(t, 0.0) for t in times[:-1].tolist()])
     x, calls = noise, 0
-    for k, (t, r) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for k, (t, r) in enumerate(pairwise(times)):
         data, calls = flow_map(x, _full(t, x), torch.zeros_like(_full(t, x)), label_B), calls + 1
         if r == 0:
             return Samples(data, calls * flow_map.nfe)

@@ -38,8 +38,8 @@ def sample_times(times: Times, key: Key, purpose: str, index_B: Tensor) -> Tenso
 def jump_rows(index_B: Tensor, fraction: float) -> Tensor:
     """Which samples of a batch make a jump (``r < t``), as a bool mask ``[B]``; the others stay on the diagonal.
 
-    Row ``j`` of the global batch jumps where ``floor((j + 1) fraction)`` exceeds ``floor(j fraction)``: exactly the wanted
-    share, spread evenly, a function of the sample index alone, hence the same for any number of processes.
+    Row ``j`` of the global batch jumps where ``floor((j + 1) fraction)`` exceeds ``floor(j fraction)``: exactly the
+    wanted share, spread evenly, a function of the sample index alone, hence the same for any number of processes.
     """
     j = index_B.to(torch.float64)
     # The small offset keeps products such as 3 * (1 / 3) on the right side of their integer.

@@ -86,7 +86,8 @@ def evaluate_runs(
 ) -> Report:
     """Sweep finished runs that share a data set, with the teacher of the first student among them as anchor.
 
-    ``settings`` defaults to the ``evaluate`` block of the first run; ``steps`` overrides the step counts of all students.
+    ``settings`` defaults to the ``evaluate`` block of the first run; ``steps`` overrides the step counts of all
+    students.
     """
     device = default_device()
     configs = [run_config(run) for run in runs]
@@ -209,10 +210,6 @@ def demo_train(
 def demo_evaluate(out: Path, *, n: int, seed: int, report: Callable[[Row], None]) -> Report:
     """Teacher at 1 to 64 steps and the three students, on shared seeds."""
     settings = load_config(DEMO_STUDENTS[0]).evaluate
-    settings = EvaluateConfig.model_validate(
-        {**settings.model_dump(), "n": n, "teacher_steps": DEMO_TEACHER_STEPS}
-    )
+    settings = EvaluateConfig.model_validate({**settings.model_dump(), "n": n, "teacher_steps": DEMO_TEACHER_STEPS})
     runs = [out / name for name in (DEMO_TEACHER, *DEMO_STUDENTS)]
     return evaluate_runs(runs, settings=settings, seed=seed, report=report)
-
-

@@ -19,7 +19,8 @@ def load_data(config: DataConfig) -> Dataset:
 
 
 def digits() -> Dataset:
-    """The UCI handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0), shipped with the package: ``x [1797, 1, 8, 8]``.
+    """The UCI handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0), shipped with the package: ``x [1797, 1, 8,
+    8]``.
 
     Grey values 0 to 16 become [-1, 1].
     """

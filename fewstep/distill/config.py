@@ -77,8 +77,8 @@ ObjectiveConfig = Annotated[
 class TrainConfig(Block):
     """The trainer. Durations are in optimiser steps; ``batch_size`` counts all processes together.
 
-    ``lr_schedule`` runs after the warm-up: ``constant``, ``linear`` to zero or ``cosine`` to zero. The first ``ema`` decay is
-    the one exported. ``grad_clip`` bounds the gradient norm (0: off).
+    ``lr_schedule`` runs after the warm-up: ``constant``, ``linear`` to zero or ``cosine`` to zero. The first ``ema``
+    decay is the one exported. ``grad_clip`` bounds the gradient norm (0: off).
     """
 
     steps: int = Field(4000, ge=1)

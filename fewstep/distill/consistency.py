@@ -21,8 +21,8 @@ class ConsistencyDistillation(Objective):
 
     ``f'`` is an exponential moving average of the student with decay ``target_decay`` (0: the student itself). ``d`` is
     the pseudo-Huber distance ``sqrt(||.||^2 + c^2) - c`` with ``c = 0.00054 sqrt(D) huber`` (2310.14189), or the mean
-    square for ``huber = 0``. Nodes are uniform in ``t``; a jump that ends at ``r = 0`` has the teacher's own point as its
-    target. The factor ``1 / (t - r)`` keeps the gradient's size when the grid is refined.
+    square for ``huber = 0``. Nodes are uniform in ``t``; a jump that ends at ``r = 0`` has the teacher's own point
+    as its target. The factor ``1 / (t - r)`` keeps the gradient's size when the grid is refined.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class ConsistencyDistillation(Objective):
     @torch.no_grad()
     def after_step(self) -> None:
         if self._target:
-            target, online = list(self._target[0].parameters()), list(self.student.parameters())
+            target: list[Tensor] = [*self._target[0].parameters()]
+            online: list[Tensor] = [*self.student.parameters()]
             torch._foreach_lerp_(target, online, 1 - self.target_decay)
 
     def extra_state(self) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """``shadow <- shadow + (1 - d_k) (weights - shadow)`` with ``d_k = min(decay, (1 + k) / (10 + k))`` at update ``k``.
+    """``shadow <- shadow + (1 - d_k) (weights - shadow)`` with ``d_k = min(decay, (1 + k) / (10 + k))`` at update
+    ``k``.
 
     The ramp of ``d_k`` lets a young average forget the initial weights. Buffers are copied.
     """
@@ -17,7 +18,7 @@ class EMA:
         self.net = copy.deepcopy(net).requires_grad_(False)
         self.updates = 0
         # Listed once: walking the module tree costs more than the update itself on small networks.
-        self._pairs = (list(self.net.parameters()), list(net.parameters()))
+        self._pairs: tuple[list[Tensor], list[Tensor]] = ([*self.net.parameters()], [*net.parameters()])
         self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
 
     @torch.no_grad()

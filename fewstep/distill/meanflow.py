@@ -16,7 +16,8 @@ class MeanFlow(Objective):
         u(x_t, t, r) = v(x_t, t) - (t - r) du/dt,      du/dt = JVP of u at (x_t, t, r) with tangents (v, 1, 0)
         L = E ||Delta||^2 / sg(||Delta||^2 + c)^p,     Delta = u - sg(v - (t - r) du/dt)
 
-    ``velocity`` is the teacher's marginal velocity, or None for the conditional ``e - x``: both have the same minimiser,
+    ``velocity`` is the teacher's marginal velocity, or None for the conditional ``e - x``: both have the same
+    minimiser,
     and with a teacher the loss is zero there. ``jump_fraction`` is the share of rows with ``r < t``; on the others the
     loss is plain flow matching. The norm is summed over coordinates, which fixes the scale of ``c``; ``p = 0`` is the
     plain square (divided by the dimension, to compare with flow matching).
@@ -61,7 +62,9 @@ class MeanFlow(Objective):
                 v = self.velocity(point.x_t, t, label)
 
         tail = slice(diagonal, None)
-        du_dt = self.total_derivative(point.x_t[tail], v[tail], t[tail], r[tail], None if label is None else label[tail])
+        du_dt = self.total_derivative(
+            point.x_t[tail], v[tail], t[tail], r[tail], None if label is None else label[tail]
+        )
         target = v.clone()
         target[tail] -= expand(t[tail] - r[tail], x) * du_dt
 
@@ -90,5 +93,4 @@ class MeanFlow(Objective):
             return self.student(x, t, r_B, label_B)
 
         with torch.autocast(x_t.device.type, enabled=False):
-            _, du_dt = torch.func.jvp(u, (x_t, t_B), (v, torch.ones_like(t_B)))
-        return du_dt
+            return torch.func.jvp(u, (x_t, t_B), (v, torch.ones_like(t_B)))[1]

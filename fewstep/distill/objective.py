@@ -30,7 +30,7 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, key: Key) -> LossOutput: ...
 
-    def after_step(self) -> None:  # noqa: B027 - most objectives have nothing to do here
+    def after_step(self) -> None:
         """Called after every optimiser step: the place of target networks."""
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -48,7 +48,9 @@ def mean_square(difference: Tensor) -> Tensor:
     return difference.flatten(1).square().mean(dim=1)
 
 
-def drop_labels(label_B: Tensor | None, key: Key, index_B: Tensor, probability: float, null_label: int) -> Tensor | None:
+def drop_labels(
+    label_B: Tensor | None, key: Key, index_B: Tensor, probability: float, null_label: int
+) -> Tensor | None:
     """Replace each label by the null label with the given probability (classifier-free guidance training)."""
     if label_B is None or probability == 0:
         return label_B

@@ -1,13 +1,14 @@
 """Progressive distillation (Salimans and Ho 2202.00512) for flows: one stage of halving."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.objective import LossOutput, Objective, mean_square
-from fewstep.flow import LINEAR, FlowMap, TimeDomain, VelocityField, expand, uniform_grid
+from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, expand, uniform_grid
 from fewstep.keys import Key
 from fewstep.sampling import SOLVERS, Solver
 
@@ -18,7 +19,7 @@ class SolverMap:
 
     field: VelocityField
     solver: Solver = "euler"
-    domain: TimeDomain = TimeDomain("any")
+    domain: TimeDomain = ANY_JUMP
 
     @property
     def nfe(self) -> int:
@@ -34,7 +35,8 @@ class ProgressiveStage(Objective):
         x_m = teacher(x_t, t -> m),  x_s = teacher(x_m, m -> s),   m the middle of [s, t]
         v*  = (x_s - x_t) / (s - t),   L = E || u(x_t, t, s) - v* ||^2 / D
 
-    with ``x_t`` from real data and noise and ``t`` uniform on the student's own nodes. The teacher's grid is the student's
+    with ``x_t`` from real data and noise and ``t`` uniform on the student's own nodes. The teacher's grid is the
+    student's
     with its midpoints inserted: a teacher that does not serve those jumps is refused here, not in training. Guidance
     belongs to the teacher, and is thereby folded into the student.
     """
@@ -45,7 +47,7 @@ class ProgressiveStage(Objective):
         self.teacher = teacher
         self.steps = steps
         fine = uniform_grid(2 * steps).tolist()
-        for t, m in zip(fine, fine[1:], strict=False):
+        for t, m in pairwise(fine):
             teacher.domain.check(t, m)
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:

@@ -1,4 +1,4 @@
-"""A whole training run: load, train through the stages, checkpoint, export. The one place that writes run directories."""
+"""A whole training run: load, train through the stages, checkpoint, export. Only this writes run directories."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ class Interrupted(FewstepError):
 
 @dataclass(frozen=True)
 class _Position:
-    """Where training stands: finished steps of a stage, time spent, and the previous stage's student (None in the first)."""
+    """Where training stands: finished steps of a stage, time spent, the previous stage's student (None in the first)."""
 
     stage: int = 0
     done: int = 0
@@ -70,8 +70,8 @@ def run_training(
 ) -> Iterator[Progress]:
     """Train as ``config`` says into ``run``, yielding after every optimiser step.
 
-    When ``stopped()`` turns true, a checkpoint is saved and ``Interrupted`` raised. A non-finite gradient ends the run with
-    the last good checkpoint named. Every fault is also recorded in ``status.json``.
+    When ``stopped()`` turns true, a checkpoint is saved and ``Interrupted`` raised. A non-finite gradient ends the
+    run with the last good checkpoint named. Every fault is also recorded in ``status.json``.
     """
     accelerator = make_accelerator(config.train)
     # Everything that can be wrong with the request is found before the run directory is touched.
@@ -301,5 +301,3 @@ def _status(
 ) -> None:
     if accelerator.is_main_process:
         run.write_status(state, step=step, message=message, exit_code=code)
-
-

@@ -78,8 +78,8 @@ def train(
     """Train ``objective.student`` up to ``steps`` optimiser steps, yielding after each.
 
     ``first_step`` offsets the keys of the random draws and of the batches (later stages go on where earlier ones
-    ended). ``start`` with ``done`` continues from a snapshot taken after ``done`` steps, with the same bits as a run that
-    was never interrupted.
+    ended). ``start`` with ``done`` continues from a snapshot taken after ``done`` steps, with the same bits as a run
+    that was never interrupted.
 
     Raises ``NonFiniteError`` before a non-finite gradient reaches the weights.
     """

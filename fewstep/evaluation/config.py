@@ -10,7 +10,7 @@ StepCount = Annotated[int, Field(ge=1)]
 
 
 class EvaluateConfig(Block):
-    """Step counts of the model and of its teacher, sample count and feature extractors. ``features[0]`` leads the report."""
+    """Step counts of the model and of its teacher, sample count, feature extractors (the first leads the report)."""
 
     steps: tuple[StepCount, ...] = Field((1, 2, 4, 8), min_length=1)
     teacher_steps: tuple[StepCount, ...] = (64,)

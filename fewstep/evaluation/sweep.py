@@ -77,8 +77,8 @@ def sweep(
     """Rows for every candidate and step count, and the reference they were measured against.
 
     The teacher's samples at its largest step count are the ones that ``teacher_gap`` (root mean square difference of a
-    student's sample to the teacher's from the same noise, in data units) refers to. ``report`` sees each row as it comes.
-    A step count outside a student's training is a ``ValueError`` before any sampling starts.
+    student's sample to the teacher's from the same noise, in data units) refers to. ``report`` sees each row as it
+    comes. A step count outside a student's training is a ``ValueError`` before any sampling starts.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.role != "teacher")
     for candidate in candidates:
@@ -89,7 +89,9 @@ def sweep(
     rows = []
     for candidate in candidates:
         for steps in sorted(candidate.steps, reverse=True):
-            drawn = draw(candidate.sampler, steps, data, n=config.n, batch_size=config.batch_size, seed=seed, device=device)
+            drawn = draw(
+                candidate.sampler, steps, data, n=config.n, batch_size=config.batch_size, seed=seed, device=device
+            )
             if candidate.role == "teacher" and anchor is None:
                 anchor = drawn.x
             row = measure(candidate, steps, drawn, references, data, anchor, seed=seed, device=device)
@@ -214,7 +216,8 @@ def describe_reference(references: list[ReferenceFeatures], data: Dataset) -> di
             "quantisation": "uint8 by (127.5 x + 128), clamped, once" if data.kind == "image" else "none (points)",
             "frechet": "float64, covariance with n - 1, no bias correction",
             "kernel": "unbiased MMD^2, kernel (x.y / D + 1)^3, all pairs",
-            "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; density, coverage: k = {K_DENSITY_COVERAGE}; <=",
+            "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; "
+            f"density, coverage: k = {K_DENSITY_COVERAGE}; distance <= radius",
             "labels": "balanced, i mod classes" if data.num_classes else "none",
             "floor": "two disjoint halves of the real data, one as reference, the other as samples",
         },

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def sinusoidal(t_B: Tensor, dim: int, max_frequency: float) -> Tensor:
-    """``[cos(w_k t), sin(w_k t)]`` for ``dim / 2`` angular frequencies spaced geometrically from 1 to ``max_frequency``.
+    """``[cos(w_k t), sin(w_k t)]`` for ``dim / 2`` angular frequencies spaced geometrically from 1 to
+    ``max_frequency``.
 
     ``t`` is in [0, 1], unscaled: a factor of 1000 here would multiply every time derivative by 1000.
     """

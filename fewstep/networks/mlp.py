@@ -32,7 +32,8 @@ class Block(nn.Module):
 class MLP(nn.Module):
     """``net(x, t, r, label) -> [B, *D]`` with the condition ``emb(t) + emb(t - r) + emb(label)``.
 
-    A network of one time has no ``emb(t - r)`` and ignores ``r``. The second time enters additively through an embedding of ``t - r`` whose last layer starts at zero: a network
+    A network of one time has no ``emb(t - r)`` and ignores ``r``. The second time enters additively through an
+    embedding of ``t - r`` whose last layer starts at zero: a network
     that has just copied a teacher's weights returns the teacher's velocity for every ``r``, to the bit. Label
     ``num_classes`` is the null label; ``label = None`` means null.
     """

@@ -9,8 +9,8 @@ SECOND_TIME = "embed_gap."
 def copy_teacher(student: nn.Module, teacher: nn.Module) -> None:
     """Copy every weight of a one- or two-time teacher into a two-time student.
 
-    Afterwards ``student(x, t, r)`` equals ``teacher(x, t)`` to the bit for every ``r`` if the teacher has one time. Raises
-    ``ValueError`` if anything but the second-time embedding is missing, left over or of another shape.
+    Afterwards ``student(x, t, r)`` equals ``teacher(x, t)`` to the bit for every ``r`` if the teacher has one time.
+    Raises ``ValueError`` if anything but the second-time embedding is missing, left over or of another shape.
     """
     source, target = teacher.state_dict(), student.state_dict()
     missing = [name for name in target if name not in source and not name.startswith(SECOND_TIME)]
@@ -18,6 +18,7 @@ def copy_teacher(student: nn.Module, teacher: nn.Module) -> None:
     reshaped = [name for name in source if name in target and source[name].shape != target[name].shape]
     if missing or surplus or reshaped:
         raise ValueError(
-            f"the student's network does not fit the teacher's: missing {missing}, left over {surplus}, reshaped {reshaped}"
+            "the student's network does not fit the teacher's: "
+            f"missing {missing}, left over {surplus}, reshaped {reshaped}"
         )
     student.load_state_dict({**target, **source})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.flow import TimeDomain, check_jumps, expand
+from fewstep.flow import ANY_JUMP, JUMPS_TO_DATA, TimeDomain, check_jumps, expand
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class AverageVelocityMap:
     """
 
     net: nn.Module
-    domain: TimeDomain = TimeDomain("any")
+    domain: TimeDomain = ANY_JUMP
     nfe: int = 1
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
@@ -33,7 +33,7 @@ class ConsistencyMap:
     """
 
     net: nn.Module
-    domain: TimeDomain = TimeDomain("to_data")
+    domain: TimeDomain = JUMPS_TO_DATA
     nfe: int = 1
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:

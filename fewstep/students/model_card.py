@@ -19,7 +19,7 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         "",
         f"- role: {card['role']}, objective: {card['objective']}",
         f"- serves: {serves}",
-        f"- data: {card['data']['name']}, samples of shape {card['data']['shape']}, {card['data']['num_classes']} classes",
+        f"- data: {card['data']['name']}, shape {card['data']['shape']}, {card['data']['num_classes']} classes",
         f"- convention: {card['convention']}",
         f"- guidance: {'none' if guidance == 1 else f'{guidance:g}, built in: do not guide again'}",
         f"- teacher: {card['teacher'] or 'none'}",

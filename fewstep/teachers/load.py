@@ -20,7 +20,6 @@ from fewstep.teachers.config import AnalyticTeacher, RunTeacher, TeacherConfig
 from fewstep.teachers.guided import guided
 from fewstep.teachers.network import NetworkField, freeze
 
-
 MIXTURES = {"eight_gaussians": EIGHT_GAUSSIANS, "mixture": MIXTURE, "mixture_1d": MIXTURE_1D}
 """Toys with a closed form."""
 
@@ -68,7 +67,9 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
     net = freeze(net.to(device))
     classes = data.num_classes
     if config.guidance != 1 and not classes:
-        raise UsageError(f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes")
+        raise UsageError(
+            f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes"
+        )
     field = guided(NetworkField(net), config.guidance, classes or None)
     params = sum(parameter.numel() for parameter in net.parameters())
     return Teacher(str(card["name"]), field, net, network, config.guidance, exported.digest(), params)

@@ -158,18 +158,34 @@ def test_dependent_features_whose_cholesky_succeeds_by_rounding():
     close(frechet_distance(moments(torch.cat((x, x), 1)), moments(torch.cat((y, y), 1))), 2 * once)
 
 
-# --- fewer samples than dimensions
+# --- any ranks
+
+
+@pytest.mark.parametrize(("n", "rank_x", "m", "rank_y"), [(200, 60, 300, 60), (200, 30, 300, 60), (200, 60, 300, 30)])
+@pytest.mark.parametrize("seed", range(3))
+def test_dense_singular_covariances_against_the_nuclear_norm(n, rank_x, m, rank_y, seed):
+    """Enough samples, but features that lie in oblique subspaces, so that no entry of a covariance is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = samples(n, rank_x, seed=seed) @ torch.randn(rank_x, 60, generator=generator, dtype=torch.float64)
+    y = samples(m, rank_y, seed=seed + 9) @ torch.randn(rank_y, 60, generator=generator, dtype=torch.float64)
+    close(frechet_distance(moments(x), moments(y)), distance_by_nuclear_norm(x, y))
+    assert moments(x).factor.shape[1] == rank_x
 
 
 @pytest.mark.parametrize(("n", "m"), [(400, 40), (40, 400), (50, 30), (30, 50), (2, 2)])
 @pytest.mark.filterwarnings("ignore:.*mostly bias")
-def test_few_samples_against_the_nuclear_norm(n, m):
-    """tr (S1 S2)^(1/2) is the nuclear norm of Xc Yc' / sqrt((n - 1)(m - 1)), which involves no D x D root at all."""
+def test_fewer_samples_than_dimensions_against_the_nuclear_norm(n, m):
     x, y = samples(n, 100, seed=12), samples(m, 100, seed=13, scale=1.1) + 0.01
-    a, b = moments(x), moments(y)
-    trace = torch.linalg.svdvals((x - x.mean(0)) @ (y - y.mean(0)).T).sum() / math.sqrt((n - 1) * (m - 1))
-    expected = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace
-    close(frechet_distance(a, b), float(expected), 1e-9)
+    close(frechet_distance(moments(x), moments(y)), distance_by_nuclear_norm(x, y))
+
+
+def distance_by_nuclear_norm(x: torch.Tensor, y: torch.Tensor) -> float:
+    """tr (S1 S2)^(1/2) is the nuclear norm of Xc Yc' / sqrt((n - 1)(m - 1)): no root of a D x D matrix is involved."""
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    n, m = len(x) - 1, len(y) - 1
+    trace = torch.linalg.svdvals(xc @ yc.T).sum() / math.sqrt(n * m)
+    mean_part = (x.mean(0) - y.mean(0)).square().sum()
+    return float(mean_part + xc.square().sum() / n + yc.square().sum() / m - 2 * trace)
 
 
 def test_few_samples_warn():

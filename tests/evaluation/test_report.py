@@ -406,7 +406,7 @@ def test_names_from_outside_are_escaped(report: Report, tmp_path: Path) -> None:
     assert page.open == []
     assert name in page.words
     assert sum(cells[0] == name for cells in page.tables[1]) == 4
-    assert "<script" not in (written / "report.md").read_text()
+    assert "<script" not in (tmp_path / "report.md").read_text()
     widths = {line.replace("\\|", "").count("|") for line in tables.markdown_table(hostile, ["fd_pixels"]).splitlines()}
     assert len(widths) == 1
     assert yaml.safe_load((tmp_path / "card.md").read_text().split("---\n")[1])["model-index"][0]["name"] == name

@@ -64,11 +64,11 @@ class Drawn:
 
     def inline(self) -> str:
         """The SVG for a page: no prolog, unique ids, the page's own ink and paper, as wide as its place."""
-        svg = self.svg[self.svg.index("<svg") :]
-        svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + (
-            svg[svg.index(">") :].replace("xlink:href", "href")
-        )
-        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
+        opening, drawing = re.split(r"(?<=<svg)", self.svg, maxsplit=1)[1].split(">", 1)
+        opening = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", opening)
+        # Matplotlib repeats every text as a comment.
+        drawing = re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL).replace("xlink:href", "href")
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", f"<svg{opening}>{drawing}")
         named = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {h: f"hue-{i}" for i, h in enumerate(HUES)}
         for colour, variable in named.items():
             svg = svg.replace(colour.lower(), f"var(--{variable})")  # matplotlib writes hexadecimals small
