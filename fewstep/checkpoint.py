@@ -13,9 +13,11 @@ folder appears under its final name only when complete, and carries digests that
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,23 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write under a temporary name, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a folder can be made and written at ``path`` before work that ends there; else a ``UsageError``."""
+    existing = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        raise UsageError(f"cannot write to {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {path}: no permission for {existing}")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -48,10 +62,12 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; a missing or broken file is a ``UsageError``."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"no {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is damaged: not a JSON object")
@@ -78,12 +94,24 @@ def read_tensors(path: Path, expected_digest: str) -> Tensors:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     if digest(content) != expected_digest:
         raise UsageError(f"{path} is damaged or truncated: its digest is not the one recorded beside it")
     try:
         return load(content)
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged: {error}") from error
+
+
+@contextmanager
+def damage_in(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a model is built from the contents of ``path`` is a ``UsageError`` that names it."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"{path} is damaged: {type(error).__name__} {detail[:160]}") from error
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -122,13 +150,20 @@ def checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; damage is a ``UsageError``."""
     state = read_json(path / "state.json")
-    groups = {group: read_tensors(path / f"{group}.safetensors", sha) for group, sha in state["digests"].items()}
+    with damage_in(path / "state.json"):
+        digests = dict(state["digests"])
+        state = {**state, "step": int(state["step"]), "stage": int(state["stage"]), "done": int(state["done"])}
+    groups = {group: read_tensors(path / f"{group}.safetensors", sha) for group, sha in digests.items()}
     return Checkpoint(groups, state)
 
 
 # Exported models -----------------------------------------------------------------------------------------------------
 
 MODEL_FORMAT = 1
+_CARD_KEYS = (
+    *("name", "role", "objective", "student", "network", "two_times", "guidance", "teacher_digest", "digests"),
+    *("data.name", "data.shape", "data.num_classes", "train.steps", "train.samples", "train.seconds"),
+)
 
 
 def write_model(
@@ -138,7 +173,7 @@ def write_model(
     weights: Mapping[str, Tensors],
     readme: str,
 ) -> None:
-    """Export a model: ``config.json`` (its card, with digests), ``sampler.json``, weights by file name, ``README.md``."""
+    """Export a model: ``config.json`` (its card, with digests), ``sampler.json``, weights by file, ``README.md``."""
     metadata = {"format": "pt", "convention": "t=0 data, t=1 noise, v=e-x", "objective": str(card["objective"])}
     digests = {name: write_tensors(folder / name, tensors, metadata) for name, tensors in weights.items()}
     write_json(folder / "sampler.json", sampler)
@@ -172,6 +207,12 @@ def read_model(path: Path) -> ExportedModel:
     card = read_json(folder / "config.json")
     if card.get("format") != MODEL_FORMAT:
         raise UsageError(f"{folder}/config.json has format {card.get('format')!r}; this version reads {MODEL_FORMAT}")
+    for key in _CARD_KEYS:
+        node: Any = card
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                raise UsageError(f"{folder}/config.json is damaged: it has no {key}")
+            node = node[part]
     return ExportedModel(folder, card, read_json(folder / "sampler.json"))
 
 
@@ -196,25 +237,39 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def prepare(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the directory ready to train in. An existing run needs ``resume`` or ``overwrite``.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise ``UsageError`` unless a training may write here. Changes nothing.
 
-        ``overwrite`` deletes what a run wrote, and refuses a directory that does not look like a run.
+        An existing run needs ``resume`` or ``overwrite``; ``overwrite`` refuses a directory that does not look like a run.
         """
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
-        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
-        if resume:
-            if not checkpoints(self.checkpoints):
-                raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}")
+        check_folder(self.path)
+        if resume and not checkpoints(self.checkpoints):
+            raise UsageError(
+                f"nothing to resume: no checkpoint in {self.checkpoints} (start anew with --overwrite, or without a flag)"
+            )
+        if resume or not self.path.exists() or not any(self.path.iterdir()):
             return
-        if occupied and not overwrite:
+        if not overwrite:
             raise UsageError(f"{self.path} exists: --resume goes on with it, --overwrite starts it again")
-        if occupied:
-            if not (self.path / "status.json").is_file():
-                raise UsageError(f"{self.path} is not a run directory (no status.json): not overwriting it")
-            shutil.rmtree(self.path)
+        if not (self.path / "status.json").is_file():
+            raise UsageError(f"{self.path} is not a run directory (no status.json): not overwriting it")
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the directory ready to train in, after ``check``. ``overwrite`` deletes everything in it."""
+        self.check(resume=resume, overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
+        if resume:  # what a killed process left half-written
+            for leftover in self.checkpoints.glob(".step-*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            return
+        # status.json goes last: a directory that is only half deleted still counts as a run.
+        for child in sorted(self.path.iterdir(), key=lambda child: child.name == "status.json"):
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
 
     def write_status(self, state: str, *, step: int, message: str = "", exit_code: int | None = None) -> None:
         """``status.json``: running, done, failed or interrupted; launchers flatten exit codes, this does not."""
@@ -229,9 +284,16 @@ class RunDirectory:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines an interrupted run wrote after its last checkpoint: they will be written again."""
         if self.metrics.is_file():
-            lines = self.metrics.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in self.metrics.read_text().splitlines() if _logged_step(line) <= step]
             write_atomic(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line of ``metrics.jsonl``; infinity for one that a killed process left half-written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def tensors_equal(a: Tensors, b: Tensors) -> bool:

@@ -1,9 +1,12 @@
 """The config tree: a recipe or a YAML file, plus dotted overrides, checked before anything starts. Imports no torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, NoReturn
 
 import yaml
@@ -30,7 +33,7 @@ class RunConfig(Block):
     """Everything that determines a run. ``seed`` keys every random draw."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig
     teacher: TeacherConfig | None = None
     student: StudentConfig
@@ -63,6 +66,11 @@ class RunConfig(Block):
             and self.teacher.guidance != 1
         ):
             raise ValueError("teacher.guidance has no effect with objective.velocity data: use velocity teacher")
+        if not all(0 <= beta < 1 for beta in self.train.betas):
+            raise ValueError(f"train.betas lie in [0, 1), got {self.train.betas}")
+        for place, value in _leaves(self.model_dump()):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{place} is {value}: numbers have to be finite")
         return self
 
 
@@ -83,16 +91,22 @@ def recipe_text(name: str) -> str:
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe name or a YAML file, with ``a.b=value`` overrides, as a checked config. Errors are ``UsageError``."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UsageError(f"no config file {source}")
-        text = path.read_text()
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(source):
+        text = _read(path)
     else:
         text = recipe_text(source)
     tree = _parse(text, source)
     for override in overrides:
         _apply(tree, override)
     return check_config(tree, source)
+
+
+def read_config(run: Path) -> RunConfig:
+    """The config a run was trained with, from its ``config.yaml``."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"no run at {run} (no config.yaml there)")
+    return check_config(_parse(_read(path), str(path)), str(path))
 
 
 def check_config(tree: Mapping[str, Any], source: str) -> RunConfig:
@@ -105,13 +119,46 @@ def check_config(tree: Mapping[str, Any], source: str) -> RunConfig:
 
 def config_yaml(config: RunConfig) -> str:
     """The resolved config as YAML; loading it gives the same config."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def config_changes(old: RunConfig, new: RunConfig) -> list[str]:
+    """What differs, as ``train.steps was 30 and is 40``."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    return [
+        f"{place} was {before.get(place)} and is {after.get(place)}"
+        for place in {**before, **after}
+        if before.get(place) != after.get(place)
+    ]
+
+
+def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything in a tree of dictionaries and sequences."""
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from _leaves(child, f"{place}.{name}" if place else str(name))
+    elif isinstance(node, (list, tuple)):
+        for number, child in enumerate(node):
+            yield from _leaves(child, f"{place}.{number}")
+    else:
+        yield place, node
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"no config file {path}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date such as 2020-13-01
         raise UsageError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{source} is not a mapping of config keys")
@@ -133,7 +180,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UsageError(f"override {dotted}: {name} is a value, not a block")
     try:
         node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"override {dotted}: '{value}' is not a YAML value") from error
 
 
@@ -155,7 +202,7 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], source: str) -> No
     elif fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
     else:
-        message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+        message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}, got {_SHORT.repr(fault['input'])}"
     raise UsageError(f"{source}: {place + ': ' if place else ''}{message}") from error
 
 
@@ -203,3 +250,5 @@ def _tags(block: type[BaseModel]) -> dict[tuple[str, str], type[BaseModel]]:
 
 
 _TAGGED = _tags(RunConfig)
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80

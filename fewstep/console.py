@@ -20,8 +20,8 @@ def stderr() -> Console:
 
 
 def say(text: str) -> None:
-    """One line for people, without markup."""
-    stderr().print(text, markup=False)
+    """One line for people, without markup. It is never broken, so that a command in it can be copied."""
+    stderr().print(text, markup=False, soft_wrap=True)
 
 
 def emit_json(document: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ class TimeDomain:
     grid: tuple[float, ...] = ()
 
     def check(self, t: float, r: float) -> None:
-        """Raise ``ValueError`` unless the jump ``t -> r`` belongs to the domain (the identity ``t = r`` always does)."""
+        """Raise ``ValueError`` unless the jump ``t -> r`` belongs to the domain (the identity ``t = r`` does)."""
         if not 0 <= r <= t <= 1:
             raise ValueError(f"a jump goes from t to r with 0 <= r <= t <= 1, got t = {t:g}, r = {r:g}")
         if t == r or self.kind == "any":

@@ -1,9 +1,11 @@
-"""Several processes on this machine."""
+"""Several processes on this machine. ``python -m fewstep.launch`` is torchrun without its own traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 
 def launched() -> bool:
@@ -22,12 +24,44 @@ def launch_command(processes: int, arguments: Sequence[str]) -> list[str]:
     """
     return [
         sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+        *("-m", "fewstep.launch", "--standalone", "--nproc_per_node", str(processes)),
         *("-m", "fewstep.cli", *arguments),
     ]
 
 
 def run_launched(processes: int, arguments: Sequence[str]) -> int:
-    """Run and return the launcher's exit code (launchers flatten exit codes; ``status.json`` does not)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    return subprocess.run(launch_command(processes, arguments), env=environment, check=False).returncode
+    """Run and return the launcher's exit code (launchers flatten exit codes; ``status.json`` does not).
+
+    SIGINT and SIGTERM are passed on as SIGTERM, once: the processes save a checkpoint and end.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads), "LOGLEVEL": "CRITICAL", **os.environ}
+    # A process group of its own, so that a terminal's Ctrl-C reaches it through here alone.
+    launcher = subprocess.Popen(launch_command(processes, arguments), env=environment, process_group=0)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        launcher.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _torchrun() -> int:
+    """torchrun on this process's arguments. The processes have said what went wrong; torchrun's own words add nothing."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main()
+    except (ChildFailedError, SignalException):
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_torchrun())

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from fewstep.checkpoint import RunDirectory, checkpoints, read_model, write_json
-from fewstep.config import RunConfig, check_config, load_config
+from fewstep.config import RunConfig, load_config, read_config
 from fewstep.data.dataset import Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.run import run_training
@@ -37,14 +36,7 @@ def default_device() -> torch.device:
 
 def run_config(run: Path) -> RunConfig:
     """The config a run was trained with."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"no run at {run} (no config.yaml there)")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    return check_config(tree, str(path))
+    return read_config(run)
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------

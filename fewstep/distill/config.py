@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fewstep.block import Block
 
@@ -60,13 +60,24 @@ class ProgressiveConfig(Block):
 
 
 class ConsistencyConfig(Block):
-    """Consistency distillation over ``nodes`` intervals, with an averaged target of decay ``target_decay``."""
+    """Consistency distillation over a grid that is refined from ``start_nodes`` to ``nodes`` intervals by doubling.
+
+    ``target_decay`` is the averaging of the target network (0: the student itself).
+    """
 
     kind: Literal["consistency"] = "consistency"
+    start_nodes: int = Field(4, ge=1)
     nodes: int = Field(32, ge=1)
     solver: SolverName = "heun"
     target_decay: float = Field(0.0, ge=0, lt=1)
     huber: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _doubles(self) -> "ConsistencyConfig":
+        ratio = self.nodes // self.start_nodes
+        if self.start_nodes * ratio != self.nodes or ratio & (ratio - 1):
+            raise ValueError(f"nodes {self.nodes} is not start_nodes {self.start_nodes} times a power of two")
+        return self
 
 
 ObjectiveConfig = Annotated[

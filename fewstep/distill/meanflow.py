@@ -76,14 +76,12 @@ class MeanFlow(Objective):
         else:
             loss = residual / (residual.detach() + self.weight_offset) ** self.weight_power
         # The weighted loss hovers about 1 whatever happens: the raw residual is what falls.
-        return LossOutput(
-            loss,
-            {
-                "residual": residual.detach().mean() / dim,
-                "diagonal_residual": residual[:diagonal].detach().mean() / dim,
-                "du_dt_norm": du_dt.square().mean().sqrt(),
-            },
-        )
+        metrics = {"residual": residual.detach().mean() / dim}
+        if diagonal:
+            metrics["diagonal_residual"] = residual[:diagonal].detach().mean() / dim
+        if diagonal < len(order):
+            metrics["du_dt_norm"] = du_dt.square().mean().sqrt()
+        return LossOutput(loss, metrics)
 
     @torch.no_grad()
     def total_derivative(self, x_t: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:

@@ -124,6 +124,8 @@ def _consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> t
             teacher=field,
             solver=objective.solver,
             nodes=objective.nodes,
+            start_nodes=objective.start_nodes,
+            total_steps=config.train.steps,
             target_decay=objective.target_decay,
             huber=objective.huber,
         )

@@ -56,7 +56,7 @@ class Interrupted(FewstepError):
 
 @dataclass(frozen=True)
 class _Position:
-    """Where training stands: finished steps of a stage, time spent, the previous stage's student (None in the first)."""
+    """Where training stands: finished steps of a stage, time spent, previous stage's student (None in the first)."""
 
     stage: int = 0
     done: int = 0

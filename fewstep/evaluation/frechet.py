@@ -29,11 +29,10 @@ class Moments:
         """``B [D, R]`` with ``B B' = cov`` and ``R`` its numerical rank. Computed once: keep a reference's moments."""
         cov = (self.cov + self.cov.T) / 2
         negligible = len(cov) * torch.finfo(cov.dtype).eps * float(cov.diagonal().max())
-        if self.n > len(cov):
-            lower, info = torch.linalg.cholesky_ex(cov)
-            # A pivot of the size of a rounding error means a singular matrix that rounding made positive.
-            if int(info) == 0 and float(lower.diagonal().min()) ** 2 > negligible:
-                return lower
+        lower, info = torch.linalg.cholesky_ex(cov)
+        # A pivot of the size of a rounding error means a singular matrix that rounding made positive.
+        if int(info) == 0 and float(lower.diagonal().min()) ** 2 > negligible:
+            return lower
         # Constant or dependent features, or too few samples: keep the directions in which there is variance.
         values, vectors = torch.linalg.eigh(cov)
         kept = values > negligible

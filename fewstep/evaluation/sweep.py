@@ -28,6 +28,7 @@ from fewstep.sampling import Sampler
 
 K_PRECISION_RECALL = 3
 K_DENSITY_COVERAGE = 5
+FLOOR_SPLITS = 4
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def sweep(
             rows.append(row)
             report(row)
     rows.sort(key=lambda row: (row.role != "teacher", [c.name for c in candidates].index(row.model), row.steps))
-    return rows, describe_reference(references, data)
+    return rows, describe_reference(references, data, config.n)
 
 
 def draw(
@@ -196,12 +197,11 @@ def compare(reference: ReferenceFeatures, features: Tensor) -> dict[str, float]:
     }
 
 
-def describe_reference(references: list[ReferenceFeatures], data: Dataset) -> dict[str, Any]:
+def describe_reference(references: list[ReferenceFeatures], data: Dataset, n: int) -> dict[str, Any]:
     """The reference block of ``results.json``: data, extractors, conventions, and real data against real data."""
     floor: dict[str, float] = {}
     for reference in references:
-        floor |= real_floor(reference)
-    half = len(data.x) // 2
+        floor |= real_floor(reference, n)
     return {
         "dataset": data.name,
         "n": len(data.x),
@@ -210,7 +210,6 @@ def describe_reference(references: list[ReferenceFeatures], data: Dataset) -> di
             for reference in references
         },
         "floor": floor,
-        "floor_n": [half, len(data.x) - half],
         "protocol": {
             "reference": "the training data themselves",
             "quantisation": "uint8 by (127.5 x + 128), clamped, once" if data.kind == "image" else "none (points)",
@@ -219,19 +218,32 @@ def describe_reference(references: list[ReferenceFeatures], data: Dataset) -> di
             "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; "
             f"density, coverage: k = {K_DENSITY_COVERAGE}; distance <= radius",
             "labels": "balanced, i mod classes" if data.num_classes else "none",
-            "floor": "two disjoint halves of the real data, one as reference, the other as samples",
+            "floor": f"disjoint halves of the real data, mean of {FLOOR_SPLITS} splits; "
+            "the Fréchet distance scaled by 1/n_reference + 1/n to the sizes of the rows",
         },
     }
 
 
-def real_floor(reference: ReferenceFeatures) -> dict[str, float]:
-    """The metrics of one random half of the real data against the other: what sampling noise alone costs."""
+def real_floor(reference: ReferenceFeatures, n: int) -> dict[str, float]:
+    """The metrics of real data against other real data: what sampling noise alone costs.
+
+    Means over random splits into two disjoint halves. Between samples of one distribution the expected
+    Fréchet distance is ``c (1/n_ref + 1/n)`` to first order, so the halves' value is scaled to ``n`` samples against
+    the whole reference; the other metrics stay as the halves gave them.
+    """
     everything = torch.arange(len(reference.features))
-    order = Key(0).uniform("floor", everything).argsort(stable=True).to(reference.features.device)
-    half = len(order) // 2
-    a, b = reference.features[order[:half]], reference.features[order[half:]]
+    half = len(everything) // 2
     k = max(K_PRECISION_RECALL, K_DENSITY_COVERAGE)
-    return compare(ReferenceFeatures(reference.extractor, a, moments(a), radii(a, k)), b)
+    splits = []
+    for split in range(FLOOR_SPLITS):
+        order = Key(0, split).uniform("floor", everything).argsort(stable=True).to(reference.features.device)
+        a, b = reference.features[order[:half]], reference.features[order[half:]]
+        splits.append(compare(ReferenceFeatures(reference.extractor, a, moments(a), radii(a, k)), b))
+    floor = {name: statistics.mean(values[name] for values in splits) for name in splits[0]}
+    rest = len(everything) - half
+    distance = metric_name("fd", reference.extractor.name)
+    floor[distance] *= (1 / len(everything) + 1 / n) / (1 / half + 1 / rest)
+    return floor
 
 
 def _synchronise(device: torch.device) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from fewstep.checkpoint import ExportedModel, read_model
+from fewstep.checkpoint import ExportedModel, damage_in, read_model
 from fewstep.errors import UsageError
 from fewstep.flow import FlowMap, TimeDomain
 from fewstep.networks.build import network_from_card, parameter_count
-from fewstep.sampling import MapSampler, OdeSampler, Sampler
+from fewstep.sampling import SOLVERS, MapSampler, OdeSampler, Sampler
 from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
 from fewstep.teachers.network import NetworkField, freeze
 
@@ -33,23 +33,28 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     """Read a run's exported model. Missing, truncated or foreign files are a ``UsageError``."""
     exported = read_model(path)
     card = exported.card
-    sampler: Sampler
-    if card["role"] == "teacher":
-        field = NetworkField(_network(exported, "model.safetensors", device))
-        sampler = OdeSampler(field, exported.sampler["solver"])
-    else:
-        sampler = MapSampler(_maps(exported, device), exported.sampler["sampler"])
-    net = network_from_card(card)[1]
-    return LoadedModel(
-        name=str(card["name"]),
-        role=str(card["role"]),
-        objective=str(card["objective"]),
-        sampler=sampler,
-        guidance=float(card["guidance"]),
-        digest=exported.digest(),
-        params=parameter_count(net),
-        card=card,
-    )
+    with damage_in(exported.folder):
+        return LoadedModel(
+            name=str(card["name"]),
+            role=str(card["role"]),
+            objective=str(card["objective"]),
+            sampler=_sampler(exported, device),
+            guidance=float(card["guidance"]),
+            digest=exported.digest(),
+            params=parameter_count(network_from_card(card)[1]),
+            card=card,
+        )
+
+
+def _sampler(exported: ExportedModel, device: torch.device) -> Sampler:
+    role, spec = exported.card["role"], exported.sampler
+    if role == "teacher":
+        if spec["solver"] not in SOLVERS:
+            raise ValueError(f"solver {spec['solver']!r}")
+        return OdeSampler(NetworkField(_network(exported, "model.safetensors", device)), spec["solver"])
+    if role != "student" or spec["sampler"] not in ("jumps", "renoise"):
+        raise ValueError(f"role {role!r} with sampler {spec['sampler']!r}")
+    return MapSampler(_maps(exported, device), spec["sampler"])
 
 
 def _maps(exported: ExportedModel, device: torch.device) -> dict[int, FlowMap]:

@@ -1,12 +1,13 @@
 """From a teacher config to a frozen velocity field."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fewstep.checkpoint import digest, read_model
+from fewstep.checkpoint import damage_in, digest, read_model
 from fewstep.config import recipe_names
 from fewstep.data.config import DataConfig, ToyConfig
 from fewstep.data.dataset import Dataset
@@ -50,20 +51,28 @@ def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, 
 def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher:
     path = Path(config.path)
     if not path.exists():
-        recipe = path.name if path.name in recipe_names() else None
-        advice = f"run `fewstep teach {recipe}` first" if recipe else "train it with `fewstep teach` first"
-        raise UsageError(f"the teacher {path} has not been trained: {advice}")
+        recipe = path.name if path.name in recipe_names() else "CONFIG"
+        usual = path == Path("runs") / recipe
+        command = shlex.join(["fewstep", "teach", recipe, *([] if usual else ["--out", str(path)])])
+        raise UsageError(f"the teacher {path} has not been trained: run `{command}` first")
     exported = read_model(path)
     card = exported.card
     if card["role"] != "teacher":
         raise UsageError(f"{path} holds a student ({card['objective']}), not a teacher")
-    if tuple(card["data"]["shape"]) != data.shape or card["data"]["num_classes"] != data.num_classes:
+    trained_on = card["data"]
+    if (trained_on["name"], trained_on["shape"], trained_on["num_classes"]) != (
+        data.name,
+        list(data.shape),
+        data.num_classes,
+    ):
         raise UsageError(
-            f"the teacher {path} was trained on {card['data']['name']} with samples of shape "
-            f"{tuple(card['data']['shape'])}; the data here are {data.name} with {data.shape}"
+            f"the teacher {path} was trained on {trained_on['name']} (shape {trained_on['shape']}, "
+            f"{trained_on['num_classes']} classes); the data here are {data.name} (shape {list(data.shape)}, "
+            f"{data.num_classes} classes)"
         )
-    network, net = network_from_card(card)
-    net.load_state_dict(exported.weights())
+    with damage_in(exported.folder):
+        network, net = network_from_card(card)
+        net.load_state_dict(exported.weights())
     net = freeze(net.to(device))
     classes = data.num_classes
     if config.guidance != 1 and not classes:

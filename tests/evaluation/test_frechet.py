@@ -148,11 +148,19 @@ def test_constant_features_are_left_out_exactly():
     close(frechet_distance(moments(padded_x), moments(padded_y)), core + float(noise.var()))
 
 
-def test_dependent_features_whose_cholesky_succeeds_by_rounding():
-    """Duplicated columns (x, x), (y, y): both covariances are [[S, S], [S, S]], so the distance just doubles.
+def test_a_singular_covariance_that_rounding_made_positive():
+    """[[1, 1], [1, 1]] with its last bit up has a Cholesky factor, with a pivot of 1e-8 that must not count.
 
-    Their Cholesky factor may exist thanks to rounding, with pivots of 1e-8 that must not count.
+    Rank one against the identity: 2 + 2 - 2 sqrt(2).
     """
+    nearly = [[1.0, 1.0], [1.0, 1 + torch.finfo(torch.float64).eps]]
+    assert int(torch.linalg.cholesky_ex(torch.tensor(nearly, dtype=torch.float64)).info) == 0
+    value = frechet_distance(gaussian([0.0, 0.0], nearly), gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]]))
+    close(value, 4 - 2 * math.sqrt(2))
+
+
+def test_dependent_features():
+    """Duplicated columns (x, x), (y, y): both covariances are [[S, S], [S, S]], so the distance just doubles."""
     x, y = samples(300, 6, seed=10), samples(400, 6, seed=11, scale=1.4)
     once = frechet_distance(moments(x), moments(y))
     close(frechet_distance(moments(torch.cat((x, x), 1)), moments(torch.cat((y, y), 1))), 2 * once)

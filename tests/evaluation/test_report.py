@@ -386,7 +386,7 @@ def test_a_users_style_does_not_change_a_report(report: Report, tmp_path: Path) 
 
     small = only(report, "digits-meanflow")
     write_report(small, tmp_path / "a")
-    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red"}):
+    with matplotlib.rc_context({"font.size": 20, "axes.linewidth": 5}):
         write_report(small, tmp_path / "b")
         assert matplotlib.rcParams["font.size"] == 20
     figure = "figures/fd_pixels-steps.svg"
@@ -436,7 +436,9 @@ def test_grids_show_the_strips_pixel_for_pixel(report: Report) -> None:
     assert list(found) == list(FD_PIXELS)
     row = next(row for row in report.rows if (row.model, row.steps) == ("digits-meanflow", 8))
     picture = np.asarray(Image.open(io.BytesIO(found["digits-meanflow"].png)).convert("RGB"))
-    enlarged = [np.asarray(tile).repeat(6, axis=0).repeat(6, axis=1) for tile in tiles(row)]
+    whole = np.asarray(Image.open(io.BytesIO(base64.b64decode(row.samples_png or ""))).convert("RGB"))
+    assert len(tiles(row)) == 10
+    enlarged = [whole[:, left : left + 8].repeat(6, axis=0).repeat(6, axis=1) for left in (0, 8)]
     teacher = next(row for row in report.rows if (row.model, row.steps) == ("digits-teacher", 64))
     top = np.asarray(tiles(teacher)[0]).repeat(6, axis=0).repeat(6, axis=1)
 
@@ -448,6 +450,9 @@ def test_grids_show_the_strips_pixel_for_pixel(report: Report) -> None:
     (first,), (second,), (above,) = places(enlarged[0]), places(enlarged[1]), places(top)
     assert (second[0], second[1] - first[1]) == (first[0], 50)  # 8 pixels six times, and a gap of two
     assert (above[1], above[0] < first[0]) == (first[1], True)
+    four = next(row for row in report.rows if (row.model, row.steps) == ("digits-meanflow", 4))
+    (below,) = places(np.asarray(tiles(four)[0]).repeat(6, axis=0).repeat(6, axis=1))
+    assert (below[0] - first[0], below[1]) == (50, first[1])
 
 
 def test_broken_samples_are_named(report: Report, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Drawn:
 
     def inline(self) -> str:
         """The SVG for a page: no prolog, unique ids, the page's own ink and paper, as wide as its place."""
-        opening, drawing = re.split(r"(?<=<svg)", self.svg, maxsplit=1)[1].split(">", 1)
+        opening, drawing = self.svg.split("<svg", 1)[1].split(">", 1)
         opening = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", opening)
         # Matplotlib repeats every text as a comment.
         drawing = re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL).replace("xlink:href", "href")

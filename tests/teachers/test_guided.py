@@ -1,0 +1,93 @@
+"""Classifier-free guidance: the affine combination, its ends, its cost, and what it refuses."""
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data.toys import MIXTURE_1D
+from fewstep.flow import VelocityField
+from fewstep.sampling import sample_ode
+from fewstep.teachers.analytic import GaussianTeacher, MixtureTeacher
+from fewstep.teachers.guided import GuidedField, guided
+
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+CLASSES = MixtureTeacher.from_spec(MIXTURE_1D)
+NULL = 3
+
+
+def points() -> tuple[Tensor, Tensor, Tensor]:
+    """States, times and all three labels, in an order that a swapped half would not survive."""
+    x = torch.linspace(-2, 2, 42, dtype=torch.float64)[:, None]
+    return x, torch.linspace(0.05, 1, 42, dtype=torch.float64).flip(0), torch.arange(42) % 3
+
+
+def conditional_and_unconditional() -> tuple[Tensor, Tensor]:
+    """Both velocities from the oracle: a class of one Gaussian, and the mixture of all three by its score."""
+    x, t, label = points()
+    w, m, s = (parameter.numpy() for parameter in MIXTURE_1D.tensors())
+    v_c, v_u = torch.empty_like(x), torch.empty_like(x)
+    for b, (time, k) in enumerate(zip(t.tolist(), label.tolist(), strict=True)):
+        state = x[b : b + 1].numpy()
+        v_c[b] = torch.from_numpy(oracle.gaussian_velocity(state, time, m[k, 0], s[k]))[0]
+        v_u[b] = torch.from_numpy(oracle.mixture_velocity(state, time, w, m, s))[0]
+    return v_c, v_u
+
+
+def test_the_conditionals_differ() -> None:
+    v_c, v_u = conditional_and_unconditional()
+    assert (v_c - v_u).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 1.5, 4.0])
+def test_guidance_is_affine(w: float) -> None:
+    """``v_u + w (v_c - v_u)``: w = 0 is unconditional, w = 1 conditional."""
+    v_c, v_u = conditional_and_unconditional()
+    x, t, label = points()
+    wanted = {0.0: v_u, 1.0: v_c}.get(w, (1 - w) * v_u + w * v_c)
+    torch.testing.assert_close(GuidedField(CLASSES, w, NULL)(x, t, label), wanted, **EXACT)
+
+
+def test_scale_one_is_the_field_itself() -> None:
+    """No wrapper, no second evaluation, also for a field without classes."""
+    assert guided(CLASSES, 1.0, NULL) is CLASSES
+    gaussian = GaussianTeacher(0.0, 1.0)
+    assert guided(gaussian, 1.0, None) is gaussian
+    assert guided(CLASSES, 1, None).nfe == 1
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0])
+def test_guidance_doubles_the_evaluations(w: float) -> None:
+    field: VelocityField = guided(CLASSES, w, NULL)
+    assert isinstance(field, GuidedField)
+    assert field.nfe == 2
+    assert GuidedField(field, 2.0, NULL).nfe == 4
+    x, _, label = points()
+    assert sample_ode(field, x, torch.tensor([1.0, 0.5, 0.0]), label).nfe == 4
+
+
+def test_one_call_on_a_doubled_batch() -> None:
+    """The field sees every state and time twice, first under its label, then under the null label."""
+    calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    class Recorder:
+        nfe = 1
+
+        def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+            calls.append((x, t_B, label_B))
+            return x
+
+    x, t, label = points()
+    GuidedField(Recorder(), 2.0, 7)(x, t, label)
+    ((states, times, labels),) = calls
+    assert torch.equal(states, torch.cat((x, x)))
+    assert torch.equal(times, torch.cat((t, t)))
+    assert torch.equal(labels, torch.cat((label, torch.full_like(label, 7))))
+
+
+def test_what_guidance_refuses() -> None:
+    x, t, _ = points()
+    with pytest.raises(ValueError, match="guidance needs labels"):
+        GuidedField(CLASSES, 2.0, NULL)(x, t)
+    with pytest.raises(ValueError, match="guidance 2 asked of a teacher without classes"):
+        guided(GaussianTeacher(0.0, 1.0), 2.0, None)
