@@ -47,7 +47,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Make sure that a folder can be made and written at ``path`` before work that ends there; else a ``UsageError``."""
+    """Before work that ends there: a ``UsageError`` unless a folder can be made and written at ``path``."""
     existing = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not existing.is_dir():
         raise UsageError(f"cannot write to {path}: {existing} is not a folder")
@@ -80,12 +80,27 @@ def digest(content: bytes) -> str:
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file atomically; returns its digest. Tensors are copied to the CPU, one file per group."""
+    """Write a safetensors file atomically; returns its digest. The same tensors and metadata give the same bytes."""
     content = save(
         {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}, dict(metadata or {})
     )
+    content = _sorted_header(content)
     write_atomic(path, content)
     return digest(content)
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library writes them in a random one.
+
+    Format: eight bytes of header length, a JSON header padded with spaces, the tensors (which do not move).
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read_tensors(path: Path, expected_digest: str) -> Tensors:
@@ -240,15 +255,13 @@ class RunDirectory:
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raise ``UsageError`` unless a training may write here. Changes nothing.
 
-        An existing run needs ``resume`` or ``overwrite``; ``overwrite`` refuses a directory that does not look like a run.
+        An existing run needs ``resume`` or ``overwrite``; ``overwrite`` refuses what does not look like a run.
         """
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         check_folder(self.path)
         if resume and not checkpoints(self.checkpoints):
-            raise UsageError(
-                f"nothing to resume: no checkpoint in {self.checkpoints} (start anew with --overwrite, or without a flag)"
-            )
+            raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}")
         if resume or not self.path.exists() or not any(self.path.iterdir()):
             return
         if not overwrite:

@@ -1,8 +1,12 @@
 """The command line: parse, one call, render. No mathematics, and no heavy import at module level."""
 
+import errno
 import json
+import math
+import os
+import shlex
 import signal
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +59,27 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(130) from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        if is_main_process():
+            say(f"error: {explained[0]}")
+        raise typer.Exit(explained[1]) from None
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """A sentence and an exit code for what the machine refuses: a path, or memory. None for anything else."""
+    if isinstance(error, OSError) and error.filename is not None:
+        path = str(error.filename)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{error.strerror}: {path if len(path) < 200 else path[:200] + '...'}", 1 if full else 2
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        return f"out of memory, ask for less at once ({str(error).partition(chr(10))[0][:160]})", 1
+    return None
+
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "storage size calculation overflowed")
 
 
 @app.callback(invoke_without_command=True)
@@ -137,19 +162,14 @@ def _train(
             typer.echo(config_yaml(config), nl=False)
         return
     path = out or Path("runs") / config.name
+    same = [command, source, *overrides, *(["--out", str(out)] if out else [])]
     if processes > 1 and not launched():
-        code = run_launched(processes, _without_processes(sys.argv[1:]))
-        status = path / "status.json"
-        if code and status.is_file():  # the launcher reports 1 whatever happened
-            code = json.loads(status.read_text()).get("exit_code") or code
-        if code:
-            raise typer.Exit(code)
+        _launch(config, path, same, processes, resume, overwrite, as_json)
         return
 
     from fewstep.checkpoint import RunDirectory, read_json
     from fewstep.distill.run import Interrupted, run_training
 
-    again = ["fewstep", command, source, *overrides, *(["--out", str(out)] if out else []), "--resume"]
     try:
         _show_training(
             config.name,
@@ -158,7 +178,9 @@ def _train(
             ),
         )
     except Interrupted as error:
-        raise Interrupted(f"{error}: {' '.join(again)}") from error
+        world = os.environ.get("WORLD_SIZE", "1") if launched() else "1"
+        again = ["fewstep", *same, *(["--processes", world] if world != "1" else []), "--resume"]
+        raise Interrupted(f"{error}: {shlex.join(again)}", error.step) from error
     if is_main_process():
         card = read_json(path / "model" / "config.json")
         say(f"{config.name}: {card['train']['steps']} steps in {card['train']['seconds']:.1f} s -> {path}")
@@ -166,17 +188,26 @@ def _train(
             emit_json({"run": str(path), "model": card})
 
 
-def _without_processes(arguments: list[str]) -> list[str]:
-    """The same command line for one worker."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith("--processes="):
-            skip = False
-        elif argument == "--processes":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
+def _launch(
+    config: Any, path: Path, same: list[str], processes: int, resume: bool, overwrite: bool, as_json: bool
+) -> None:
+    """Run the same command in several processes, and end with the exit code that ``status.json`` gives."""
+    import torch
+
+    from fewstep.checkpoint import RunDirectory, read_json
+    from fewstep.distill.run import check_training
+
+    # Here, where a mistake is one sentence from one process.
+    run = RunDirectory(path)
+    check_training(config, run, torch.device("cpu"), processes=processes, resume=resume, overwrite=overwrite)
+    flags = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
+    began = time.time_ns()
+    code = run_launched(processes, [*same, *(flag for flag, given in flags.items() if given)])
+    status = path / "status.json"
+    if code and status.is_file() and status.stat().st_mtime_ns >= began:
+        code = read_json(status).get("exit_code") or code  # the launcher reports 1 whatever happened
+    if code:
+        raise typer.Exit(code)
 
 
 def _show_training(title: str, start: Callable[[Callable[[], bool]], Iterator[Any]]) -> None:
@@ -210,13 +241,15 @@ def sample(
     Example: fewstep sample runs/digits-meanflow --steps 2 --n 100
     """
     with user_errors():
-        from fewstep.checkpoint import write_atomic, write_tensors
+        from fewstep.checkpoint import check_folder, write_atomic, write_tensors
         from fewstep.evaluation.quantise import to_uint8
         from fewstep.evaluation.strips import samples_grid
         from fewstep.workflows import sample_run
 
-        sampled = sample_run(run, steps=steps, n=n, seed=seed, batch_size=batch_size)
         folder = out or run / "samples"
+        if out is not None:
+            check_folder(folder)
+        sampled = sample_run(run, steps=steps, n=n, seed=seed, batch_size=batch_size)
         stem = f"steps-{steps:02d}-seed-{seed}"
         x = to_uint8(sampled.x) if sampled.data.kind == "image" else sampled.x
         tensors = {"x": x} | ({} if sampled.label is None else {"label": sampled.label})
@@ -259,17 +292,21 @@ def evaluate(
     """
     with user_errors():
         counts = _step_counts(steps)
+        for option, bound in (("--max-fd", max_fd), ("--min-recall", min_recall)):
+            if bound is not None and not math.isfinite(bound):
+                raise UsageError(f"{option} takes a finite number, got {bound}")
+        from fewstep.config import read_config
         from fewstep.evaluation.config import EvaluateConfig
         from fewstep.evaluation.features import metric_name
         from fewstep.evaluation.report.tables import console_table
-        from fewstep.workflows import evaluate_runs, run_config, write_results
+        from fewstep.workflows import evaluate_runs, write_results
 
         given = {
             "n": n,
             "features": tuple(features.split(",")) if features else None,
             "batch_size": batch_size,
         }
-        settings = run_config(run).evaluate.model_dump() | {key: value for key, value in given.items() if value}
+        settings = read_config(run).evaluate.model_dump() | {key: value for key, value in given.items() if value}
         with meter(f"evaluate {run.name}") as shown:
             done = 0
 
@@ -291,13 +328,14 @@ def evaluate(
         if as_json:
             emit_json(results.to_json())
         extractor = settings["features"][0]
-        own = [row for row in results.rows if row.model == run_config(run).name]
+        name = read_config(run).name
+        own = [row for row in results.rows if row.model == name]
         for row in own:
             fd = row.metrics[metric_name("fd", extractor)].value
             recall = row.metrics[metric_name("recall", extractor)].value
-            if max_fd is not None and fd > max_fd:
+            if max_fd is not None and not fd <= max_fd:  # a NaN fails the gate
                 raise GateFailed(f"{metric_name('fd', extractor)} at {row.steps} steps is {fd:.4g}, above {max_fd:g}")
-            if min_recall is not None and recall < min_recall:
+            if min_recall is not None and not recall >= min_recall:
                 raise GateFailed(
                     f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}"
                 )
@@ -307,7 +345,7 @@ def _step_counts(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        counts = tuple(int(part) for part in text.split(","))
+        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(f"--steps takes whole numbers separated by commas, got '{text}'") from None
     if min(counts) < 1:
@@ -358,15 +396,23 @@ def demo(
     with user_errors():
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
-        if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+        if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
             raise UsageError(f"{out} exists: --resume goes on with it, --overwrite starts it again")
 
+        from fewstep.checkpoint import check_folder
         from fewstep.distill.run import Interrupted
         from fewstep.evaluation.report import write_report
         from fewstep.evaluation.report.tables import console_table
         from fewstep.workflows import demo_configs, demo_evaluate, demo_train, write_results
 
-        for config, run in demo_configs(out, seed, overrides or []):
+        check_folder(out)
+        runs = demo_configs(out, seed, overrides or [])
+        if overwrite:
+            for _, run in runs:  # before the first of them is deleted
+                run.check(resume=False, overwrite=True)
+        same = ["fewstep", "demo", "--out", str(out), "--seed", str(seed), "--n", str(n)]
+        same += [word for override in overrides or [] for word in ("--set", override)]
+        for config, run in runs:
 
             def start(stopped: Callable[[], bool], config: Any = config, run: Any = run) -> Iterator[Any]:
                 return demo_train(
@@ -376,7 +422,7 @@ def demo(
             try:
                 _show_training(config.name, start)
             except Interrupted as error:
-                raise Interrupted(f"{error}: fewstep demo --out {out} --seed {seed} --resume") from error
+                raise Interrupted(f"{error}: {shlex.join([*same, '--resume'])}", error.step) from error
         with meter("evaluate") as shown:
             done = 0
 

@@ -166,18 +166,22 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the tree in place."""
+    """Set one dotted key of the tree in place. A block that the tree leaves out starts from its default."""
     dotted, equals, value = override.partition("=")
     if not equals or not dotted:
         raise UsageError(f"'{override}' is not an override; write key=value, for example train.steps=100")
     *parents, last = dotted.split(".")
     node = tree
+    block: type[BaseModel] | None = RunConfig
     for name in parents:
         if node.get(name) is None:
-            node[name] = {}
+            default = block.model_fields[name].default if block and name in block.model_fields else None
+            chosen = [*parents, "kind"] == dotted.split(".")
+            node[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) and not chosen else {}
         node = node[name]
         if not isinstance(node, dict):
             raise UsageError(f"override {dotted}: {name} is a value, not a block")
+        block = _TAGGED.get((name, str(node.get("kind")))) or (block and _block_of(block, name))
     try:
         node[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

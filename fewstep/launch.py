@@ -51,7 +51,7 @@ def run_launched(processes: int, arguments: Sequence[str]) -> int:
 
 
 def _torchrun() -> int:
-    """torchrun on this process's arguments. The processes have said what went wrong; torchrun's own words add nothing."""
+    """torchrun on this process's arguments, silent about failures: the processes have said what went wrong."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main

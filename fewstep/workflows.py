@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.checkpoint import RunDirectory, checkpoints, read_model, write_json
-from fewstep.config import RunConfig, load_config, read_config
+from fewstep.config import RunConfig, config_changes, load_config, read_config
 from fewstep.data.dataset import Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.run import run_training
@@ -20,7 +20,7 @@ from fewstep.errors import UsageError
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
 from fewstep.evaluation.results import Model, Report, Row
-from fewstep.evaluation.sweep import Candidate, draw, sweep
+from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, draw, sweep
 from fewstep.sampling import OdeSampler
 from fewstep.students.load import LoadedModel, load_model
 from fewstep.teachers.load import Teacher, load_teacher
@@ -32,11 +32,6 @@ DEMO_TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64)
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def run_config(run: Path) -> RunConfig:
-    """The config a run was trained with."""
-    return read_config(run)
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------
@@ -56,7 +51,7 @@ class SampledRun:
 def sample_run(run: Path, *, steps: int, n: int, seed: int, batch_size: int) -> SampledRun:
     """Samples ``0 .. n - 1`` of a seed from a finished run."""
     device = default_device()
-    config = run_config(run)
+    config = read_config(run)
     model = load_model(run, device)
     _check_steps(model, (steps,))
     data = load_data(config.data)
@@ -82,7 +77,7 @@ def evaluate_runs(
     students.
     """
     device = default_device()
-    configs = [run_config(run) for run in runs]
+    configs = [read_config(run) for run in runs]
     models = [load_model(run, device) for run in runs]
     data_config = configs[0].data
     for run, config in zip(runs, configs, strict=True):
@@ -91,6 +86,11 @@ def evaluate_runs(
     data = load_data(data_config)
     settings = settings or configs[0].evaluate
     extractors = [build_extractor(name, device, weights) for name in settings.features]
+    for extractor in extractors:
+        if data.kind == "points" and extractor.takes == "uint8":
+            raise UsageError(f"{extractor.name} features take images and {data.name} has points: use identity")
+    if settings.n <= K_PRECISION_RECALL:
+        raise UsageError(f"{settings.n} samples are too few: precision and recall need {K_PRECISION_RECALL + 1}")
 
     candidates, facts = [], []
     for config, model in zip(configs, models, strict=True):
@@ -107,6 +107,9 @@ def evaluate_runs(
             candidates.append(_teacher_candidate(teacher, settings.teacher_steps))
             facts.append(_teacher_facts(teacher, config))
 
+    names = [candidate.name for candidate in candidates]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two of these models have the same name ({', '.join(names)}): rename one with name=...")
     rows, reference = sweep(candidates, data, extractors, settings, seed=seed, device=device, report=report)
     environment = {**describe_environment(), "date": datetime.date.today().isoformat()}
     return Report(tuple(rows), tuple(facts), reference, environment)
@@ -194,6 +197,9 @@ def demo_train(
 ) -> Any:
     """Progress of one run of the demo; with ``resume`` a finished run is left alone and an unfinished one goes on."""
     if resume and (run.model / "config.json").is_file():
+        changes = config_changes(read_config(run.path), config)
+        if changes:
+            raise UsageError(f"{run.path} was trained with another config: {'; '.join(changes[:3])}")
         return iter(())
     again = resume and bool(checkpoints(run.checkpoints))
     return run_training(config, run, resume=again, overwrite=overwrite or (resume and not again), stopped=stopped)

@@ -89,7 +89,9 @@ class TrainConfig(Block):
     """The trainer. Durations are in optimiser steps; ``batch_size`` counts all processes together.
 
     ``lr_schedule`` runs after the warm-up: ``constant``, ``linear`` to zero or ``cosine`` to zero. The first ``ema``
-    decay is the one exported. ``grad_clip`` bounds the gradient norm (0: off).
+    decay is the one exported. ``grad_clip`` bounds the gradient norm (0: off). ``threads`` is torch's thread count
+    while training on a CPU (0: its own choice): small networks gain little from a second thread, and lose much on a
+    busy machine.
     """
 
     steps: int = Field(4000, ge=1)
@@ -101,6 +103,7 @@ class TrainConfig(Block):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, ge=0)
     ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.999,), min_length=1)
+    threads: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)

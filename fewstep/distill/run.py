@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fewstep.checkpoint import (
     RunDirectory,
     Tensors,
     checkpoints,
+    damage_in,
     digest,
     read_checkpoint,
     read_tensors,
@@ -24,7 +26,7 @@ from fewstep.checkpoint import (
     write_model,
     write_tensors,
 )
-from fewstep.config import RunConfig, config_yaml
+from fewstep.config import RunConfig, config_changes, config_yaml, read_config
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.plan import Stage, first_steps, plan
@@ -34,6 +36,7 @@ from fewstep.errors import FewstepError, UsageError
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.students.initialise import copy_teacher
 from fewstep.students.model_card import model_readme
+from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.load import Teacher, load_teacher
 from fewstep.teachers.network import freeze
 
@@ -49,20 +52,28 @@ class Progress:
 
 
 class Interrupted(FewstepError):
-    """The run was asked to stop and has saved a checkpoint. Exit code 130."""
+    """The run was asked to stop and has saved a checkpoint of ``step``. Exit code 130."""
 
     exit_code = 130
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Where training stands: finished steps of a stage, time spent, previous stage's student (None in the first)."""
+    """Where training stands: finished steps of a stage, time spent, previous stage's student (None in the first).
+
+    ``finished`` holds the digests of the averaged students of earlier stages, by the step count they serve.
+    """
 
     stage: int = 0
     done: int = 0
     seconds: float = 0.0
     start: dict[str, Tensors] | None = None
     previous: nn.Module | None = None
+    finished: dict[str, str] = field(default_factory=dict)
 
 
 def run_training(
@@ -74,42 +85,76 @@ def run_training(
     run with the last good checkpoint named. Every fault is also recorded in ``status.json``.
     """
     accelerator = make_accelerator(config.train)
-    # Everything that can be wrong with the request is found before the run directory is touched.
-    data = load_data(config.data)
-    teacher = None if config.teacher is None else load_teacher(config.teacher, config.data, data, accelerator.device)
-    student = _build_student(config, teacher, data)
-    stages = plan(config, teacher, data)
-    if config.train.batch_size % accelerator.num_processes:
-        raise UsageError(
-            f"train.batch_size {config.train.batch_size} does not divide among {accelerator.num_processes} processes"
-        )
+    request = check_training(
+        config, run, accelerator.device, processes=accelerator.num_processes, resume=resume, overwrite=overwrite
+    )
+    data, teacher, student, stages = request.data, request.teacher, request.student, request.stages
+    accelerator.wait_for_everyone()  # all have looked at the run directory
     if accelerator.is_main_process:
         run.prepare(resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-
-    position = _Position()
-    if resume:
-        position = _resume(config, run, teacher, student)
-    elif accelerator.is_main_process:
-        write_atomic(run.path / "config.yaml", config_yaml(config))
-        write_json(run.path / "environment.json", describe_environment())
+        if not resume:
+            _status(accelerator, run, "running", 0)  # first: what has a status.json is a run
+            write_atomic(run.path / "config.yaml", config_yaml(config))
+            write_json(run.path / "environment.json", describe_environment())
+    position = _resume(config, run, teacher, student, accelerator.device) if resume else _Position()
+    accelerator.wait_for_everyone()  # all have read the checkpoint
+    if resume and accelerator.is_main_process:
+        run.forget_metrics_after(first_steps(stages)[position.stage] + position.done)
     starts = first_steps(stages)
     step = starts[position.stage] + position.done
+    threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(config.train.threads or threads)
         for progress in _train_stages(config, run, accelerator, data, teacher, student, stages, position, stopped):
             step = progress.step
             yield progress
     except FewstepError as error:
-        state = "interrupted" if isinstance(error, Interrupted) else "failed"
-        _status(accelerator, run, state, step, str(error), error.exit_code)
+        if isinstance(error, Interrupted):
+            _status(accelerator, run, "interrupted", error.step, str(error), error.exit_code)
+        else:
+            _status(accelerator, run, "failed", step, str(error), error.exit_code)
         raise
-    except GeneratorExit:
-        _status(accelerator, run, "interrupted", step, "stopped by the caller", 130)
+    except (GeneratorExit, KeyboardInterrupt):
+        _status(accelerator, run, "interrupted", step, "stopped without a checkpoint of this step", 130)
         raise
     except BaseException as error:
         _status(accelerator, run, "failed", step, repr(error), 1)
         raise
+    finally:
+        torch.set_num_threads(threads)
     _status(accelerator, run, "done", step, "", 0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a training needs, found to be in order."""
+
+    data: Dataset
+    teacher: Teacher | None
+    student: nn.Module
+    stages: tuple[Stage, ...]
+
+
+def check_training(
+    config: RunConfig, run: RunDirectory, device: torch.device, *, processes: int, resume: bool, overwrite: bool
+) -> Request:
+    """Find everything that can be wrong with a request before the run directory is touched: else ``UsageError``."""
+    run.check(resume=resume, overwrite=overwrite)
+    path = config.teacher.path if isinstance(config.teacher, RunTeacher) else None
+    if path is not None and Path(path).resolve().is_relative_to(run.path.resolve()):
+        raise UsageError(f"{run.path} is where the teacher {path} lies: give another --out")
+    if config.train.batch_size % processes:
+        raise UsageError(f"train.batch_size {config.train.batch_size} does not divide among {processes} processes")
+    data = load_data(config.data)
+    teacher = None if config.teacher is None else load_teacher(config.teacher, config.data, data, device)
+    student = _build_student(config, teacher, data)
+    stages = plan(config, teacher, data)
+    empty = next((stage for stage in stages if stage.steps < 1), None)
+    if empty is not None:
+        raise UsageError(f"the stage {empty.name} has no optimiser steps: raise train.steps")
+    if first_steps(stages)[-1] >= 2**32:
+        raise UsageError(f"{first_steps(stages)[-1]} optimiser steps are too many: the random keys end at 2^32")
+    return Request(data, teacher, student, stages)
 
 
 def _train_stages(
@@ -135,7 +180,7 @@ def _train_stages(
     )
     _status(accelerator, run, "running", starts[position.stage] + position.done)
     seconds, metrics = position.seconds, {}
-    previous = position.previous
+    previous, finished = position.previous, position.finished
     exported: dict[int, Tensors] = {}
     for number in range(position.stage, len(stages)):
         stage = stages[number]
@@ -165,22 +210,24 @@ def _train_stages(
                     line = {"step": step, "stage": stage.name, "lr": state.lr, "seconds": round(seconds, 3), **metrics}
                     if accelerator.is_main_process:
                         run.append_metrics(line)
-                stop = stopped()
+                stop = _agreed(accelerator, stopped())
                 if accelerator.is_main_process and (step % settings.checkpoint_every == 0 or last or stop):
                     groups = state.snapshot()
                     if previous is not None:
                         groups["previous"] = dict(previous.state_dict())
-                    facts = {
+                    facts: dict[str, Any] = {
                         "stage": number,
                         "done": state.step,
                         "seconds": seconds,
                         "teacher_digest": None if teacher is None else teacher.digest,
                     }
                     if last:  # before the checkpoint that says the stage is over
-                        write_tensors(_stage_file(run, stage), state.emas[0].state())
+                        sha = write_tensors(_stage_file(run, stage), state.emas[0].state())
+                        finished = {**finished, str(stage.serves): sha}
+                    facts["finished"] = finished
                     write_checkpoint(run.checkpoints, step, Checkpoint(groups, facts), keep=settings.keep_checkpoints)
                 if stop:
-                    raise Interrupted(f"stopped at step {step} of {starts[-1]}; go on with --resume")
+                    raise Interrupted(f"stopped at step {step} of {starts[-1]}; go on with --resume", step)
                 yield Progress(step, starts[-1], stage.name, metrics)
         except NonFiniteError as error:
             good = checkpoints(run.checkpoints)
@@ -195,8 +242,7 @@ def _train_stages(
     if accelerator.is_main_process:
         for stage in stages:
             if stage.serves not in exported:
-                path = _stage_file(run, stage)
-                exported[stage.serves] = read_tensors(path, digest(path.read_bytes()))
+                exported[stage.serves] = read_tensors(_stage_file(run, stage), finished[str(stage.serves)])
         _export(config, run, data, teacher, student, exported, starts[-1], seconds)
     accelerator.wait_for_everyone()
 
@@ -219,27 +265,29 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
     return student
 
 
-def _resume(config: RunConfig, run: RunDirectory, teacher: Teacher | None, student: nn.Module) -> _Position:
+def _resume(
+    config: RunConfig, run: RunDirectory, teacher: Teacher | None, student: nn.Module, device: torch.device
+) -> _Position:
     """Read the newest checkpoint; a changed config or teacher is a ``UsageError``."""
-    saved = (run.path / "config.yaml").read_text()
-    if saved != config_yaml(config):
-        changed = [line for line in config_yaml(config).splitlines() if line not in saved.splitlines()]
+    changes = config_changes(read_config(run.path), config)
+    if changes:
         raise UsageError(
-            f"the config differs from {run.path}/config.yaml ({'; '.join(line.strip() for line in changed[:3])}): "
-            "resume with the same config, or start again with --overwrite"
+            f"the config differs from {run.path}/config.yaml: {'; '.join(changes[:3])}"
+            f"{' and more' if len(changes) > 3 else ''}. Resume with the same config, or start again with --overwrite"
         )
-    checkpoint = read_checkpoint(checkpoints(run.checkpoints)[-1])
+    path = checkpoints(run.checkpoints)[-1]
+    checkpoint = read_checkpoint(path)
     state, groups = checkpoint.state, dict(checkpoint.groups)
-    if teacher is not None and state["teacher_digest"] != teacher.digest:
-        raise UsageError("the teacher is not the one this run started with: its weights have changed")
-    run.forget_metrics_after(state["step"])
-    student.load_state_dict(groups["student"])
-    previous = None
-    if "previous" in groups:
-        previous = copy.deepcopy(student)
-        previous.load_state_dict(groups.pop("previous"))
-        freeze(previous)
-    return _Position(state["stage"], state["done"], state["seconds"], groups, previous)
+    with damage_in(path):
+        if teacher is not None and state["teacher_digest"] != teacher.digest:
+            raise UsageError("the teacher is not the one this run started with: its weights have changed")
+        student.load_state_dict(groups["student"])
+        previous = None
+        if "previous" in groups:
+            previous = copy.deepcopy(student)
+            previous.load_state_dict(groups.pop("previous"))
+            freeze(previous.to(device))
+        return _Position(state["stage"], state["done"], state["seconds"], groups, previous, dict(state["finished"]))
 
 
 def _export(
@@ -294,6 +342,14 @@ _RULES = {"velocity": "ode", "average_velocity": "jumps", "consistency": "renois
 
 def _stage_file(run: RunDirectory, stage: Stage) -> Any:
     return run.path / "stages" / f"steps-{stage.serves:04d}.safetensors"
+
+
+def _agreed(accelerator: Accelerator, stop: bool) -> bool:
+    """Whether any process was asked to stop: all leave after the same step, or the others would wait for ever."""
+    if accelerator.num_processes == 1:
+        return stop
+    asked = torch.tensor(float(stop), device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum") > 0)
 
 
 def _status(

@@ -113,7 +113,9 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         # One read of the device per step, shared by the loss (a non-finite loss has non-finite gradients).
         if not math.isfinite(float(norm)):
-            raise NonFiniteError(f"the gradient is not finite at step {first_step + step + 1} (loss {float(loss):g})")
+            raise NonFiniteError(
+                f"the gradient is not finite at step {first_step + step + 1} (loss {float(loss.detach()):g})"
+            )
         prepared_optimizer.step()
         prepared_optimizer.zero_grad()
         objective.after_step()

@@ -104,7 +104,7 @@ def read_results(path: Path) -> Report:
         raise UsageError(f"no {path}: run `fewstep evaluate {path.parent}` first")
     try:
         return Report.from_json(json.loads(path.read_text()))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not a readable results file ({error}): evaluate again") from error
 
 

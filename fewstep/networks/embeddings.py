@@ -24,7 +24,7 @@ class TimeEmbedding(nn.Module):
     more, and objectives that differentiate in time (MeanFlow's tangent) see every frequency multiplied by itself.
     """
 
-    def __init__(self, width: int, *, zero: bool, features: int = 32, max_frequency: float = 8.0) -> None:
+    def __init__(self, width: int, *, zero: bool, features: int = 32, max_frequency: float = 3.0) -> None:
         super().__init__()
         self.features = features
         self.max_frequency = max_frequency

@@ -42,7 +42,7 @@ class MLP(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         width = config.width
-        # The condition is half as wide: its projections are a quarter of the cost otherwise, for no better samples.
+        # Half as wide: the projections into every block would otherwise hold more than a third of the parameters.
         condition = width // 2
         self.embed_t = TimeEmbedding(condition, zero=False)
         self.embed_gap = TimeEmbedding(condition, zero=True) if two_times else None

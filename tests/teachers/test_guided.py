@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the affine combination, its ends, its cost, and what it refuses."""
+"""Classifier-free guidance: the affine combination, its ends, its cost, and what it refuses. Networks as fields."""
 
 import oracle
 import pytest
@@ -7,9 +7,12 @@ from torch import Tensor
 
 from fewstep.data.toys import MIXTURE_1D
 from fewstep.flow import VelocityField
+from fewstep.networks.build import build_network
+from fewstep.networks.config import MLPConfig
 from fewstep.sampling import sample_ode
 from fewstep.teachers.analytic import GaussianTeacher, MixtureTeacher
 from fewstep.teachers.guided import GuidedField, guided
+from fewstep.teachers.network import NetworkField, freeze
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 CLASSES = MixtureTeacher.from_spec(MIXTURE_1D)
@@ -91,3 +94,20 @@ def test_what_guidance_refuses() -> None:
         GuidedField(CLASSES, 2.0, NULL)(x, t)
     with pytest.raises(ValueError, match="guidance 2 asked of a teacher without classes"):
         guided(GaussianTeacher(0.0, 1.0), 2.0, None)
+
+
+def test_a_network_is_a_field_on_its_diagonal() -> None:
+    """``v(x, t, c) = net(x, t, r = t, c)``, also of a network of two times; frozen, it takes no gradient."""
+    net = build_network(MLPConfig(width=16, depth=1), (1,), NULL, two_times=True)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    assert freeze(net.train()) is net
+    assert not net.training
+    x, t, label = (part.float() if part.is_floating_point() else part for part in points())
+    v = NetworkField(net)(x, t, label)
+    assert not v.requires_grad
+    assert torch.equal(v, net(x, t, t, label))
+    for other in (net(x, t, 0 * t, label), net(x, t, t)):
+        assert (v - other).abs().max() > 1e-2
+    assert NetworkField(net).nfe == 1

@@ -1,0 +1,321 @@
+"""The trainer: its averages, rates, steps and stops by hand, its batches, resumption and two processes."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep.checkpoint import Tensors
+from fewstep.data.dataset import Batch, BatchSource, Dataset
+from fewstep.data.load import digits
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.ema import EMA
+from fewstep.distill.objective import LossOutput, Objective
+from fewstep.distill.train import NonFiniteError, learning_rate, make_accelerator, train
+from fewstep.keys import Key
+
+
+def cloned(net: nn.Module) -> Tensors:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def copied(groups: dict[str, Tensors]) -> dict[str, Tensors]:
+    return {group: {name: value.clone() for name, value in tensors.items()} for group, tensors in groups.items()}
+
+
+def assert_same_bits(a: dict[str, Tensors], b: dict[str, Tensors]) -> None:
+    assert a.keys() == b.keys()
+    for group in a:
+        assert a[group].keys() == b[group].keys()
+        for name, value in a[group].items():
+            assert torch.equal(value, b[group][name]), f"{group}: {name}"
+
+
+# ----------------------------------------------------------------------------------------------------------- averages
+
+
+def test_average_by_hand() -> None:
+    """``d_k = min(decay, (1 + k) / (10 + k))``: 2/11, 3/12, 4/13, then the cap; buffers are copied."""
+    net = nn.BatchNorm1d(2).double()
+    net.weight.data.fill_(3.0)
+    ema = EMA(net, decay=0.3)
+    expected = 3.0
+    for decay, value in ((2 / 11, 5.0), (3 / 12, -1.0), (0.3, 2.0), (0.3, 7.0)):
+        net.weight.data.fill_(value)
+        net.running_mean.fill_(value)
+        ema.update()
+        expected = decay * expected + (1 - decay) * value
+        torch.testing.assert_close(ema.state()["weight"], torch.full((2,), expected, dtype=torch.float64))
+        assert torch.equal(ema.state()["running_mean"], net.running_mean)
+    assert ema.updates == 4
+    assert not any(parameter.requires_grad for parameter in ema.net.parameters())
+
+
+def test_every_decay_is_averaged_after_every_step() -> None:
+    """Replayed from the weights of each step: decays 0.9 and 0.5, both on the ramp at first."""
+    objective = tiny.flow_matching()
+    averages = [cloned(objective.student) for _ in tiny.CONFIG.ema]
+    for k, state in enumerate(tiny.run(objective, 15), start=1):
+        for average, decay, ema in zip(averages, tiny.CONFIG.ema, state.emas, strict=True):
+            d = min(decay, (1 + k) / (10 + k))
+            for name, value in objective.student.state_dict().items():
+                average[name] = d * average[name] + (1 - d) * value
+                torch.testing.assert_close(ema.state()[name], average[name], rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- rates
+
+
+def test_learning_rate_by_hand() -> None:
+    """Four steps of warm-up to the full rate, then eight of the schedule, whose zero lies one step past the end."""
+
+    def rates(schedule: str, warmup: int = 4) -> list[float]:
+        config = TrainConfig(lr=2.0, lr_schedule=schedule, warmup_steps=warmup)
+        return [learning_rate(config, step, 12) for step in range(12)]
+
+    warm = [0.5, 1.0, 1.5, 2.0]
+    assert rates("constant") == [*warm, *8 * [2.0]]
+    assert rates("linear") == [*warm, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25]
+    half = math.sqrt(0.5)
+    cosine = rates("cosine")
+    assert cosine[:4] == warm
+    assert [cosine[i] for i in (4, 6, 8, 10)] == pytest.approx([2, 1 + half, 1, 1 - half], abs=1e-12)
+    assert rates("linear", warmup=0)[:2] == pytest.approx([2, 2 * 11 / 12], abs=1e-12)
+    # A warm-up longer than the run reaches the full rate at its end.
+    assert rates("cosine", warmup=100) == pytest.approx([2 * (k + 1) / 12 for k in range(12)], abs=1e-12)
+
+
+def test_training_is_textbook_adam() -> None:
+    """Against a loop written from scratch: gradient clipped to norm, decoupled decay, moments with bias correction,
+    each at the rate of its step. After 4 steps the weights agree to rounding."""
+    config = tiny.CONFIG
+    reference = tiny.flow_matching()
+    source = BatchSource(digits(), config.batch_size, tiny.SEED, device=torch.device("cpu"))
+    parameters = list(reference.student.parameters())
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    beta1, beta2 = config.betas
+    norms = []
+    for k in range(4):
+        loss = reference(source.batch(10 + k), Key(tiny.SEED, 10 + k)).per_sample_B.mean()
+        grads = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+        norms.append(norm)
+        lr = learning_rate(config, k, 4)
+        for p, g, m, v in zip(parameters, grads, first, second, strict=True):
+            g = g * min(1.0, config.grad_clip / norm)
+            m.mul_(beta1).add_((1 - beta1) * g)
+            v.mul_(beta2).add_((1 - beta2) * g * g)
+            mean, variance = m / (1 - beta1 ** (k + 1)), v / (1 - beta2 ** (k + 1))
+            p.data = p.data * (1 - lr * config.weight_decay) - lr * mean / (variance.sqrt() + 1e-8)
+    assert min(norms) > 1.1 * config.grad_clip
+
+    objective = tiny.flow_matching()
+    states = list(tiny.run(objective, 4, first_step=10))
+    assert [float(state.metrics["grad_norm"]) for state in states] == pytest.approx(norms, rel=1e-4)
+    assert [state.lr for state in states] == [learning_rate(config, k, 4) for k in range(4)]
+    for ours, theirs in zip(objective.student.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("steps", "done"), [(1, 0), (5, 0), (5, 3)])
+def test_number_of_steps(steps: int, done: int) -> None:
+    """As many as were asked, counted by the optimiser too, and yielded after each."""
+    start = None
+    if done:
+        *_, last = tiny.run(tiny.flow_matching(), done)
+        start = copied(last.snapshot())
+    states = list(tiny.run(tiny.flow_matching(), steps, start=start, done=done))
+    assert [state.step for state in states] == list(range(done + 1, steps + 1))
+    assert float(states[-1].snapshot()["optimizer"]["0.step"]) == steps
+    assert all(ema.updates == steps for ema in states[-1].emas)
+
+
+# -------------------------------------------------------------------------------------------------------------- stops
+
+
+class Poisoned(Objective):
+    """Wraps an objective and lets its loss, or its gradient alone, become infinite at one step."""
+
+    def __init__(self, inner: Objective, step: int, *, gradient_only: bool) -> None:
+        super().__init__()
+        self.student = inner.student
+        self.inner = inner
+        self.step = step
+        self.gradient_only = gradient_only
+        self.steps_taken = 0
+
+    def forward(self, batch: Batch, key: Key) -> LossOutput:
+        output = self.inner(batch, key)
+        loss = output.per_sample_B
+        if key.step == self.step:
+            # The square root has an infinite slope at zero, where its value is fine.
+            zero = (next(self.student.parameters()).sum() * 0.0).abs()
+            loss = loss + zero.sqrt() if self.gradient_only else loss * math.inf
+        return LossOutput(loss, output.metrics)
+
+    def after_step(self) -> None:
+        self.steps_taken += 1
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_non_finite_gradient_stops_before_the_weights_change(gradient_only: bool) -> None:
+    """At the third step, keyed 12: the error counts from one, and weights and averages are those of the second."""
+    objective = Poisoned(tiny.flow_matching(), step=12, gradient_only=gradient_only)
+    last: dict[str, Tensors] = {}
+    steps: list[int] = []
+
+    def finish() -> None:
+        for state in tiny.run(objective, 5, first_step=10):
+            steps.append(state.step)
+            last.update(copied(state.snapshot()), live_average=state.emas[0].state())
+
+    with pytest.raises(NonFiniteError, match=r"not finite at step 13 \(loss "):
+        finish()
+    assert steps == [1, 2]
+    assert objective.steps_taken == 2
+    assert_same_bits({"now": cloned(objective.student)}, {"now": last["student"]})
+    assert_same_bits({"now": last["live_average"]}, {"now": last["ema-0.9"]})
+    assert all(value.isfinite().all() for value in last["student"].values())
+
+
+# --------------------------------------------------------------------------------------------------------- resumption
+
+
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_a_resumed_run_has_the_same_bits(name: str) -> None:
+    """Seven steps at once, or three and then four from a snapshot into fresh objects of other weights: student,
+    averages, optimiser and target network."""
+    whole = tiny.OBJECTIVES[name]()
+    losses, groups = [], {}
+    for state in tiny.run(whole, 7, first_step=20):
+        losses.append(float(state.metrics["loss"]))
+        if state.step == 3:
+            groups = copied(state.snapshot())
+    wanted = state.snapshot()
+    assert set(wanted) == {"student", "optimizer", "ema-0.9", "ema-0.5"} | ({"objective"} & set(wanted))
+    assert ("objective" in wanted) == (name == "consistency")
+
+    resumed = tiny.OBJECTIVES[name]()
+    for parameter in resumed.student.parameters():
+        parameter.data.add_(1.0)
+    states = tiny.run(resumed, 7, first_step=20, start=groups, done=3)
+    tail = []
+    for state in states:
+        tail.append(float(state.metrics["loss"]))
+    assert tail == losses[3:]
+    assert_same_bits(state.snapshot(), wanted)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def numbered(count: int, classes: int = 0) -> Dataset:
+    """Samples that are their own numbers."""
+    x = torch.arange(count, dtype=torch.float32)[:, None]
+    return Dataset("numbers", x, torch.arange(count) % classes if classes else None, classes, kind="points")
+
+
+def source(data: Dataset, batch_size: int, seed: int = 3, rank: int = 0, world: int = 1) -> BatchSource:
+    return BatchSource(data, batch_size, seed, device=torch.device("cpu"), rank=rank, world=world)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 23, 50])
+def test_every_epoch_is_a_permutation(batch_size: int) -> None:
+    """Also where batches straddle epochs or hold several of them; each epoch has its own order."""
+    batches = source(numbered(23, classes=5), batch_size)
+    drawn = [batches.batch(step) for step in range(-(-23 * 4 // batch_size))]
+    x = torch.cat([batch.x[:, 0] for batch in drawn])[: 23 * 4].reshape(4, 23)
+    for epoch in x:
+        assert torch.equal(epoch.sort().values, torch.arange(23.0))
+    assert len({tuple(epoch.tolist()) for epoch in x}) == 4
+    for batch in drawn:
+        assert torch.equal(batch.label, batch.x[:, 0].long() % 5)
+        assert torch.equal(batch.index, torch.arange(batch_size))
+
+
+def test_batches_are_keyed_by_seed_and_step() -> None:
+    """In any order of asking, and another seed shuffles otherwise."""
+    straight = source(numbered(23), 8)
+    wanted = [straight.batch(step).x for step in range(9)]
+    other = source(numbered(23), 8)
+    for step in (8, 2, 5, 0, 2):
+        assert torch.equal(other.batch(step).x, wanted[step])
+    assert not torch.equal(source(numbered(23), 8, seed=4).batch(0).x, wanted[0])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batch(world: int) -> None:
+    """Their shares in order are the single process's batch, with labels and places."""
+    data = numbered(23, classes=5)
+    for step in range(5):
+        whole = source(data, 8).batch(step)
+        parts = [source(data, 8, rank=rank, world=world).batch(step) for rank in range(world)]
+        for name in ("x", "label", "index"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    with pytest.raises(ValueError, match="a batch of 9 does not divide among 2 processes"):
+        source(data, 9, world=2)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def test_averaged_gradients_of_the_ranks_are_the_whole_batchs() -> None:
+    """In one process: what two ranks would average is the gradient of the undivided batch, for every objective."""
+    data = digits()
+    for build in tiny.OBJECTIVES.values():
+        objective = build()
+        parameters = list(objective.student.parameters())
+
+        def gradient(rank: int, world: int, objective: Objective = objective) -> list[Tensor]:
+            batch = source(data, 32, rank=rank, world=world).batch(2)
+            loss = objective(batch, Key(1, 2)).per_sample_B.mean()
+            return list(torch.autograd.grad(loss, list(objective.student.parameters()), allow_unused=True))
+
+        for whole, a, b in zip(gradient(0, 1), gradient(0, 2), gradient(1, 2), strict=True):
+            torch.testing.assert_close((a + b) / 2, whole, rtol=1e-4, atol=1e-5)
+        assert len(parameters) > 5
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Three steps of MeanFlow under torchrun with gloo: losses and weights of the single process to 1e-6.
+
+    The Jacobian-vector product runs inside the wrapped module; outside it each rank would train by itself.
+    """
+    file = tmp_path / "weights.safetensors"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, str(Path(tiny.__file__)), str(file)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = load_file(file)
+    assert int(written.pop("world")) == 2
+    objective = tiny.meanflow()
+    before = cloned(objective.student)
+    losses = [float(state.metrics["loss"]) for state in tiny.run(objective, 3)]
+    assert written.pop("losses").tolist() == pytest.approx(losses, rel=1e-5)
+    for name, value in objective.student.state_dict().items():
+        torch.testing.assert_close(written[f"student.{name}"], value, rtol=0, atol=1e-6)
+        assert not torch.equal(value, before[name])
+
+
+def test_trainer_takes_its_accelerator() -> None:
+    """Two runs in one process do not disturb each other."""
+    config = tiny.CONFIG
+    accelerator = make_accelerator(config)
+    final = []
+    for _ in range(2):
+        objective = tiny.flow_matching()
+        batches = BatchSource(digits(), config.batch_size, tiny.SEED, device=accelerator.device)
+        *_, state = train(objective, batches, config, accelerator, seed=tiny.SEED, steps=2)
+        final.append(cloned(state.student))
+    assert_same_bits({"student": final[0]}, {"student": final[1]})

@@ -1,0 +1,142 @@
+"""Tiny training runs on the shipped digits, shared by the tests of the trainer and of the golden losses.
+
+Also a script: ``torchrun tests/distill/tiny.py FILE`` trains MeanFlow for three steps on however many processes it
+finds itself one of, and the first writes the weights to FILE.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+
+from fewstep.checkpoint import Tensors
+from fewstep.data.dataset import BatchSource
+from fewstep.data.load import digits
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.consistency import ConsistencyDistillation
+from fewstep.distill.flow_matching import FlowMatching
+from fewstep.distill.meanflow import MeanFlow
+from fewstep.distill.objective import Objective
+from fewstep.distill.progressive import ProgressiveStage, SolverMap
+from fewstep.distill.train import TrainState, make_accelerator, train
+from fewstep.networks.build import build_network
+from fewstep.networks.config import MLPConfig
+from fewstep.teachers.guided import GuidedField
+from fewstep.teachers.network import NetworkField, freeze
+from fewstep.times import logit_normal, uniform
+
+CONFIG = TrainConfig(
+    batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=3, weight_decay=0.5, grad_clip=0.5, ema=(0.9, 0.5)
+)
+SEED = 7
+
+
+def network(*, two_times: bool, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    net = build_network(MLPConfig(width=16, depth=1), (1, 8, 8), 10, two_times=two_times)
+    # Layers that start at zero would hide half of the network from the first losses.
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def teacher_field() -> GuidedField:
+    """A guided random teacher: as good as any to check that a loss is what it was."""
+    return GuidedField(NetworkField(freeze(network(two_times=False, seed=1))), w=1.5, null_label=10)
+
+
+def student() -> nn.Module:
+    """Not a copy of the teacher: a loss of small differences would carry fewer digits."""
+    return network(two_times=True)
+
+
+def flow_matching() -> Objective:
+    net = network(two_times=False)
+    return FlowMatching(net, times=logit_normal(0.0, 1.0), label_dropout=0.1, null_label=10)
+
+
+def meanflow() -> Objective:
+    return MeanFlow(
+        student(),
+        velocity=teacher_field(),
+        times=logit_normal(-0.4, 1.0),
+        jump_fraction=0.5,
+        weight_power=0.0,
+        weight_offset=1e-2,
+    )
+
+
+def meanflow_from_data() -> Objective:
+    return MeanFlow(student(), velocity=None, times=uniform, jump_fraction=0.25, weight_power=0.75, weight_offset=1e-2)
+
+
+def progressive() -> Objective:
+    return ProgressiveStage(student(), teacher=SolverMap(teacher_field(), "heun"), steps=4)
+
+
+def consistency() -> Objective:
+    return ConsistencyDistillation(
+        student(),
+        teacher=teacher_field(),
+        solver="heun",
+        nodes=16,
+        start_nodes=4,
+        total_steps=20,
+        target_decay=0.9,
+        huber=1.0,
+    )
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "flow_matching": flow_matching,
+    "meanflow": meanflow,
+    "meanflow_from_data": meanflow_from_data,
+    "progressive": progressive,
+    "consistency": consistency,
+}
+
+
+def run(
+    objective: Objective,
+    steps: int,
+    *,
+    config: TrainConfig = CONFIG,
+    first_step: int = 0,
+    start: dict[str, Tensors] | None = None,
+    done: int = 0,
+    accelerator: Accelerator | None = None,
+) -> Iterator[TrainState]:
+    accelerator = accelerator or make_accelerator(config)
+    source = BatchSource(
+        digits(),
+        config.batch_size,
+        SEED,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    return train(
+        objective, source, config, accelerator, seed=SEED, steps=steps, first_step=first_step, start=start, done=done
+    )
+
+
+def main(file: Path) -> None:
+    torch.set_num_threads(1)
+    objective = meanflow()
+    accelerator = make_accelerator(CONFIG)
+    losses = [
+        float(accelerator.gather(state.metrics["loss"]).mean()) for state in run(objective, 3, accelerator=accelerator)
+    ]
+    if accelerator.is_main_process:
+        tensors = {"world": torch.tensor(accelerator.num_processes), "losses": torch.tensor(losses)}
+        save_file(tensors | {f"student.{k}": v for k, v in objective.student.state_dict().items()}, file)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
