@@ -486,6 +486,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point of ``fewstep`` and of ``python -m fewstep.cli``."""
+    # Before torch loads OpenMP: threads that spin while they wait make a busy machine several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fewstep recipes show X | head` ends quietly
     app()
