@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep import __version__
-from fewstep.console import emit_json, meter, say, stderr
+from fewstep.console import Meter, emit_json, meter, say, stderr
 from fewstep.errors import FewstepError, GateFailed, UsageError
 from fewstep.launch import is_main_process, launched, run_launched
 
@@ -308,20 +308,13 @@ def evaluate(
         }
         settings = read_config(run).evaluate.model_dump() | {key: value for key, value in given.items() if value}
         with meter(f"evaluate {run.name}") as shown:
-            done = 0
-
-            def report(row: Any) -> None:
-                nonlocal done
-                done += 1
-                shown.update(done, max(done, 1), f"{row.model} at {row.steps} steps")
-
             results = evaluate_runs(
                 [run],
                 settings=EvaluateConfig.model_validate(settings),
                 steps=counts,
                 seed=seed,
                 weights=weights,
-                report=report,
+                report=_show_row(shown),
             )
         write_results(run / "results.json", results)
         stderr().print(console_table(results))
@@ -339,6 +332,10 @@ def evaluate(
                 raise GateFailed(
                     f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}"
                 )
+
+
+def _show_row(shown: Meter) -> Callable[[Any, int, int], None]:
+    return lambda row, done, total: shown.update(done, total, f"{row.model} at {row.steps} steps")
 
 
 def _step_counts(text: str | None) -> tuple[int, ...] | None:
@@ -424,14 +421,7 @@ def demo(
             except Interrupted as error:
                 raise Interrupted(f"{error}: {shlex.join([*same, '--resume'])}", error.step) from error
         with meter("evaluate") as shown:
-            done = 0
-
-            def seen(row: Any) -> None:
-                nonlocal done
-                done += 1
-                shown.update(done, 19, f"{row.model} at {row.steps} steps")
-
-            results = demo_evaluate(out, n=n, seed=seed, report=seen)
+            results = demo_evaluate(out, n=n, seed=seed, report=_show_row(shown))
         write_results(out / "results.json", results)
         page = write_report(results, out / "report")
         stderr().print(console_table(results))

@@ -19,8 +19,8 @@ from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
-from fewstep.evaluation.results import Model, Report, Row
-from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, draw, sweep
+from fewstep.evaluation.results import Model, Report
+from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
 from fewstep.sampling import OdeSampler
 from fewstep.students.load import LoadedModel, load_model
 from fewstep.teachers.load import Teacher, load_teacher
@@ -69,7 +69,7 @@ def evaluate_runs(
     steps: tuple[int, ...] | None = None,
     seed: int = 0,
     weights: Path | None = None,
-    report: Callable[[Row], None] = lambda row: None,
+    report: Seen = unseen,
 ) -> Report:
     """Sweep finished runs that share a data set, with the teacher of the first student among them as anchor.
 
@@ -205,7 +205,7 @@ def demo_train(
     return run_training(config, run, resume=again, overwrite=overwrite or (resume and not again), stopped=stopped)
 
 
-def demo_evaluate(out: Path, *, n: int, seed: int, report: Callable[[Row], None]) -> Report:
+def demo_evaluate(out: Path, *, n: int, seed: int, report: Seen) -> Report:
     """Teacher at 1 to 64 steps and the three students, on shared seeds."""
     settings = load_config(DEMO_STUDENTS[0]).evaluate
     settings = EvaluateConfig.model_validate({**settings.model_dump(), "n": n, "teacher_steps": DEMO_TEACHER_STEPS})

@@ -30,6 +30,13 @@ K_PRECISION_RECALL = 3
 K_DENSITY_COVERAGE = 5
 FLOOR_SPLITS = 4
 
+Seen = Callable[[Row, int, int], None]
+"""What hears of a sweep's progress: the new row, how many there are now, how many there will be."""
+
+
+def unseen(row: Row, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -73,7 +80,7 @@ def sweep(
     *,
     seed: int,
     device: torch.device,
-    report: Callable[[Row], None] = lambda row: None,
+    report: Seen = unseen,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows for every candidate and step count, and the reference they were measured against.
 
@@ -86,6 +93,7 @@ def sweep(
         for steps in candidate.steps:
             candidate.sampler.check(steps)
     references = [reference_features(extractor, data, device) for extractor in extractors]
+    total = sum(len(candidate.steps) for candidate in candidates)
     anchor: Tensor | None = None
     rows = []
     for candidate in candidates:
@@ -97,7 +105,7 @@ def sweep(
                 anchor = drawn.x
             row = measure(candidate, steps, drawn, references, data, anchor, seed=seed, device=device)
             rows.append(row)
-            report(row)
+            report(row, len(rows), total)
     rows.sort(key=lambda row: (row.role != "teacher", [c.name for c in candidates].index(row.model), row.steps))
     return rows, describe_reference(references, data, config.n)
 
