@@ -18,13 +18,9 @@ def sinusoidal(t_B: Tensor, dim: int, max_frequency: float) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """``t [B] -> [B, width]``: sinusoids and two linear layers. ``zero`` starts the last layer at exactly zero.
+    """``t [B] -> [B, width]``: sinusoids and two linear layers. ``zero`` starts the last layer at exactly zero."""
 
-    ``max_frequency`` bounds how fast the network can change in time. It is low on purpose: a teacher does not need
-    more, and objectives that differentiate in time (MeanFlow's tangent) see every frequency multiplied by itself.
-    """
-
-    def __init__(self, width: int, *, zero: bool, features: int = 32, max_frequency: float = 3.0) -> None:
+    def __init__(self, width: int, *, max_frequency: float, zero: bool, features: int = 32) -> None:
         super().__init__()
         self.features = features
         self.max_frequency = max_frequency

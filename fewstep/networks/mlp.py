@@ -44,8 +44,8 @@ class MLP(nn.Module):
         width = config.width
         # Half as wide: the projections into every block would otherwise hold more than a third of the parameters.
         condition = width // 2
-        self.embed_t = TimeEmbedding(condition, zero=False)
-        self.embed_gap = TimeEmbedding(condition, zero=True) if two_times else None
+        self.embed_t = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=False)
+        self.embed_gap = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=True) if two_times else None
         self.embed_label = nn.Embedding(num_classes + 1, condition) if num_classes else None
         self.enter = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(Block(width, config.expansion, condition) for _ in range(config.depth))
