@@ -86,7 +86,7 @@ def _draw(lines: "Sequence[tuple[str, list[Image]]]", rule: bool) -> bytes:
     draw = ImageDraw.Draw(page)
     for column in range(columns):
         centre = (gutter + column * (cell[0] + GAP) + cell[0] // 2, head // 2)
-        draw.text(centre, str(column + 1), fill=RULE, font=letters, anchor="mm")
+        draw.text(centre, str(column), fill=RULE, font=letters, anchor="mm")
     for i, (label, images) in enumerate(lines):
         top = head + i * (cell[1] + GAP) + (below if i else 0)
         where = (gutter - 8, top + cell[1] // 2)
