@@ -4,8 +4,8 @@
     python benchmarks/recipes.py digits-teacher digits-meanflow --seeds 0,1,2 \
         --vary student.network.max_frequency=3,8,60 --vary-in digits-teacher --ledger benchmarks/ledger/NAME.jsonl
 
-The first recipe is the teacher of the others. ``--vary KEY=A,B,C`` repeats everything with each value of one config key, in
-the recipe ``--vary-in`` names. One JSON row per model and step count, in order; the ledger is only ever appended to.
+The first recipe is the teacher of the others. ``--vary KEY=A,B,C`` repeats everything with each value of one config
+key, in the recipe that ``--vary-in`` names. One JSON row per model and step count; the ledger is only ever appended to.
 ``--summary`` prints mean and standard deviation over the seeds of a ledger file and trains nothing.
 """
 

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.report import tables, write_report
+from fewstep.evaluation.report import answer, tables, wording, write_report
 from fewstep.evaluation.report.figures import pareto_front
 from fewstep.evaluation.report.grids import grids, tiles
 from fewstep.evaluation.results import Measured, Model, Report, Row, read_results
@@ -168,11 +168,11 @@ class Page(HTMLParser):
 def test_numbers_have_three_significant_digits() -> None:
     cases = {0.43: "0.430", 27.1: "27.1", 100: "100", 0: "0", 48_000: "48,000", 1234.5: "1,230", -0.00042: "-0.000420"}
     cases |= {0.9996: "1.00", 999.6: "1,000", math.nan: "–", math.inf: "–"}
-    assert {value: tables.number(value) for value in cases} == cases
-    assert tables.number(None) == "–"
-    assert (tables.count(84_480), tables.count(675_129_632), tables.count(999_600)) == ("84.5 k", "675 M", "1.00 M")
-    assert tables.count(17) == "17"
-    assert (tables.duration(95), tables.duration(5400), tables.duration(12)) == ("1.58 min", "1.50 h", "12.0 s")
+    assert {value: wording.number(value) for value in cases} == cases
+    assert wording.number(None) == "–"
+    assert (wording.count(84_480), wording.count(675_129_632), wording.count(999_600)) == ("84.5 k", "675 M", "1.00 M")
+    assert wording.count(17) == "17"
+    assert (wording.duration(95), wording.duration(5400), wording.duration(12)) == ("1.58 min", "1.50 h", "12.0 s")
 
 
 def test_csv_holds_every_number_at_full_precision(report: Report, written: Path) -> None:
@@ -205,15 +205,15 @@ def test_markdown_and_page_show_the_same_numbers_as_the_rows(report: Report, wri
         assert (line["model"], line["steps"], line["NFE"]) == (row.model, str(row.steps), str(row.nfe))
         for metric in metrics:
             head = {"fd_pixels": "fd_pixels ↓", "density_pixels": "density"}.get(metric, metric.split("_")[0] + " ↑")
-            assert line[head] == tables.number(row.metrics[metric].value)
+            assert line[head] == wording.number(row.metrics[metric].value)
             shown = cells[html[0].index(head)]
             assert shown.split(" [")[0] == line[head]
         fd = row.metrics["fd_pixels"]
-        assert cells[html[0].index("fd_pixels ↓")].endswith(f"[{tables.number(fd.low)}, {tables.number(fd.high)}]")
-        assert line["latency ms"] == tables.number(row.latency_ms)
-        assert line["images/s"] == tables.number(row.images_per_s)
+        assert cells[html[0].index("fd_pixels ↓")].endswith(f"[{wording.number(fd.low)}, {wording.number(fd.high)}]")
+        assert line["latency ms"] == wording.number(row.latency_ms)
+        assert line["images/s"] == wording.number(row.images_per_s)
     assert (
-        tables.as_markdown(tables.results_table(report, tables.main_metrics(report, "digits")))
+        tables.as_markdown(tables.results_table(report, wording.main_metrics(report, "digits")))
         in (written / "report.md").read_text()
     )
 
@@ -240,7 +240,7 @@ def test_ratio_and_speed_up_are_against_the_teacher_at_most_steps(report: Report
 def test_best_of_each_step_count_is_bold_in_the_right_direction(report: Report) -> None:
     table = tables.results_table(report, ["fd_pixels", "recall_pixels", "density_pixels"])
     columns = {column.head: column for column in table.columns}
-    rows = [row for curve in tables.series(report) for row in curve.rows]
+    rows = [row for curve in answer.series(report) for row in curve.rows]
     for metric, head, best in (("fd_pixels", "fd_pixels ↓", min), ("recall_pixels", "recall ↑", max)):
         for i, row in enumerate(rows):
             rivals = [r.metrics[metric].value for r in rows if r.steps == row.steps]
@@ -251,42 +251,42 @@ def test_best_of_each_step_count_is_bold_in_the_right_direction(report: Report) 
 
 
 def test_headline_names_the_best_student_and_what_it_costs(report: Report) -> None:
-    assert tables.headline(report) == (
+    assert answer.headline(report) == (
         "At 4 steps, `digits-meanflow` has `fd_pixels` 0.430, 0.796× the teacher's 64-step figure (lower is better), "
         "in 1/16 of the time; recall falls from 0.878 to 0.838."
     )
     # Eight steps are not few: a better student there does not lead.
     better = tuple(with_metric(row, fd_pixels=0.1) if row.steps == 8 else row for row in report.rows)
-    assert tables.headline(replace(report, rows=better)).startswith("At 4 steps, `digits-meanflow` has")
+    assert answer.headline(replace(report, rows=better)).startswith("At 4 steps, `digits-meanflow` has")
     one = tuple(
         with_metric(r, fd_pixels=0.2) if (r.model[7:], r.steps) == ("progressive", 1) else r for r in report.rows
     )
-    assert tables.headline(replace(report, rows=one)).startswith(
+    assert answer.headline(replace(report, rows=one)).startswith(
         "At 1 step, `digits-progressive` has `fd_pixels` 0.200, 0.370× the teacher's"
     )
 
 
 def test_headline_says_worse_when_it_is_worse(report: Report) -> None:
-    worse = tables.headline(only(report, "digits-teacher", "digits-consistency", "digits-progressive"))
+    worse = answer.headline(only(report, "digits-teacher", "digits-consistency", "digits-progressive"))
     assert worse.startswith(
         "At 4 steps, even the best student is worse than the teacher: `digits-progressive` has `fd_pixels` 0.660, "
         "1.22× the teacher's 64-step figure, in 1/16 of the time"
     )
-    alone = tables.headline(only(report, "digits-teacher", "digits-consistency"))
+    alone = answer.headline(only(report, "digits-teacher", "digits-consistency"))
     assert alone.startswith("At 1 step, the student is worse than the teacher: `digits-consistency` has")
     even = tuple(
         with_metric(r, fd_pixels=0.54) if (r.model[7:], r.steps) == ("meanflow", 4) else r for r in report.rows
     )
-    assert ", equal to the teacher's 64-step figure, in 1/16 of the time" in tables.headline(replace(report, rows=even))
+    assert ", equal to the teacher's 64-step figure, in 1/16 of the time" in answer.headline(replace(report, rows=even))
 
 
 def test_headline_says_when_intervals_overlap(report: Report) -> None:
     def widen(row: Row, low: float, high: float) -> Row:
         return replace(row, metrics={**row.metrics, "fd_pixels": Measured(row.metrics["fd_pixels"].value, low, high)})
 
-    assert "overlap" not in tables.headline(report)  # [0.413, 0.452] and [0.518, 0.567]
+    assert "overlap" not in answer.headline(report)  # [0.413, 0.452] and [0.518, 0.567]
     rows = tuple(widen(r, 0.3, 0.52) if (r.model[7:], r.steps) == ("meanflow", 4) else r for r in report.rows)
-    assert tables.headline(replace(report, rows=rows)).endswith(" (the two 95% intervals overlap).")
+    assert answer.headline(replace(report, rows=rows)).endswith(" (the two 95% intervals overlap).")
 
 
 @pytest.mark.parametrize(
@@ -299,14 +299,14 @@ def test_headline_says_when_intervals_overlap(report: Report) -> None:
     ],
 )
 def test_clause_about_time(speed_up: float, clause: str) -> None:
-    assert tables.times_as_long(speed_up) == clause
+    assert wording.times_as_long(speed_up) == clause
 
 
 def test_headline_without_teacher_or_students(report: Report) -> None:
     students = replace(report, rows=tuple(row for row in report.rows if row.role == "student"))
-    assert "no teacher was measured beside it, so what was lost is not known" in tables.headline(students)
+    assert "no teacher was measured beside it, so what was lost is not known" in answer.headline(students)
     assert "ratio" not in tables.markdown_table(students, ["fd_pixels"])
-    assert tables.headline(only(report, "digits-teacher")) == (
+    assert answer.headline(only(report, "digits-teacher")) == (
         "No student was measured; at 64 steps the teacher has `fd_pixels` 0.540."
     )
 
@@ -314,7 +314,7 @@ def test_headline_without_teacher_or_students(report: Report) -> None:
 def test_different_sample_counts_are_not_compared(report: Report) -> None:
     rows = tuple(replace(row, n=2000) if row.model == "digits-meanflow" else row for row in report.rows)
     mixed = replace(report, rows=rows)
-    assert tables.headline(mixed).startswith(
+    assert answer.headline(mixed).startswith(
         "At 4 steps, even the best student is worse than the teacher: `digits-prog"
     )
     found = {
@@ -322,7 +322,7 @@ def test_different_sample_counts_are_not_compared(report: Report) -> None:
     }
     assert found["digits-meanflow", "4"]["ratio"] == "–"
     assert (found["digits-meanflow", "4"]["n"], found["digits-progressive", "4"]["n"]) == ("2,000", "10,000")
-    lonely = tables.headline(only(mixed, "digits-teacher", "digits-meanflow"))
+    lonely = answer.headline(only(mixed, "digits-teacher", "digits-meanflow"))
     assert lonely.endswith("is on another number of samples and does not compare.")
 
 
@@ -463,7 +463,7 @@ def test_broken_samples_are_named(report: Report, tmp_path: Path) -> None:
 
 def test_series_of_one_model_are_told_apart(report: Report) -> None:
     heun = tuple(replace(row, sampler="heun", nfe=2 * row.nfe) for row in report.rows if row.role == "teacher")
-    labels = [curve.label for curve in tables.series(replace(report, rows=report.rows + heun))]
+    labels = [curve.label for curve in answer.series(replace(report, rows=report.rows + heun))]
     assert labels == ["digits-teacher (euler)", "digits-teacher (heun)", *list(FD_PIXELS)[1:]]
 
 

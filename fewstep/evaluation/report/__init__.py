@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.report import tables
+from fewstep.evaluation.report import answer, tables, wording
 from fewstep.evaluation.report.card import model_card, students
 from fewstep.evaluation.report.figures import HUES, Drawn, figures, floor_of, slug
 from fewstep.evaluation.report.grids import Grid, grids
@@ -64,7 +64,7 @@ def write_report(report: Report, out: Path) -> Path:
 
 def _cards(report: Report) -> dict[str, str]:
     """``card.md`` for the student that the headline names, and one card per student where there are several."""
-    render, curves, best = _template("card.md.jinja"), students(report), tables.leading_student(report)
+    render, curves, best = _template("card.md.jinja"), students(report), answer.leading_student(report)
     cards: dict[str, str] = {}
     for curve in curves:
         text = model_card(report, curve, render)
@@ -77,16 +77,16 @@ def _cards(report: Report) -> dict[str, str]:
 
 def _content(report: Report, drawn: list[Drawn], sampled: list[Grid]) -> dict[str, Any]:
     """What both pages show, in their order."""
-    known = tables.extractors(report)
-    others = tables.other_metrics(report)
+    known = wording.extractors(report)
+    others = wording.other_metrics(report)
     return {
         "dataset": str(report.reference.get("dataset") or "unnamed data"),
-        "headline": lambda code: tables.headline(report, code),
+        "headline": lambda code: answer.headline(report, code),
         "glance": tables.glance_table(report),
         "tables": [
             (extractor, table, tables.caption(report, extractor, table))
             for extractor in known
-            for table in [tables.results_table(report, tables.main_metrics(report, extractor))]
+            for table in [tables.results_table(report, wording.main_metrics(report, extractor))]
         ]
         or [("speed", tables.results_table(report, ()), "No metric was measured.")],
         "others": tables.metrics_table(report, others) if others else None,
@@ -109,17 +109,17 @@ def _provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     seeds = ", ".join(map(str, sorted({row.seed for row in report.rows})))
     floors = {metric: floor_of(report, metric) for metric in reference.get("floor") or {}}
     named = ("dataset", "n", "floor", "extractors", "protocol")
-    against = [("dataset", str(reference.get("dataset") or tables.DASH))]
+    against = [("dataset", str(reference.get("dataset") or wording.DASH))]
     against += [("n of the reference", tables.flat(reference.get("n"))[0][1])] if "n" in reference else []
     against += [("samples per row", counts), ("seed", seeds)]
-    against += [(f"real against real, {metric}", tables.number(floor)) for metric, floor in floors.items()]
+    against += [(f"real against real, {metric}", wording.number(floor)) for metric, floor in floors.items()]
     against += [pair for key in reference if key not in named for pair in tables.flat(reference[key], str(key))]
     digests = {
-        curve.label: "; ".join(dict.fromkeys(row.digest for row in curve.rows)) for curve in tables.series(report)
+        curve.label: "; ".join(dict.fromkeys(row.digest for row in curve.rows)) for curve in answer.series(report)
     }
     samplers = {
         curve.label: "; ".join(dict.fromkeys(f"{row.sampler}, guidance {row.guidance:g}" for row in curve.rows))
-        for curve in tables.series(report)
+        for curve in answer.series(report)
     }
     teachers = {model.name: model.teacher_digest for model in report.models if model.teacher_digest}
     features = [

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fewstep.evaluation.report import tables
-from fewstep.evaluation.report.tables import Series
+from fewstep.evaluation.report import answer, wording
+from fewstep.evaluation.report.answer import Series
 from fewstep.evaluation.results import Measured, Report
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def figures(report: Report) -> list[Drawn]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the reader's own style file must not change a report
         matplotlib.rcParams.update(STYLE)
-        for extractor in tables.extractors(report):
-            fd = tables.of_extractor("fd", extractor)
-            recall = tables.of_extractor("recall", extractor)
+        for extractor in wording.extractors(report):
+            fd = wording.of_extractor("fd", extractor)
+            recall = wording.of_extractor("recall", extractor)
             drawn += [_against_steps(report, fd), _against_steps(report, recall), _against_latency(report, fd)]
     return [figure for figure in drawn if figure is not None]
 
@@ -119,13 +119,13 @@ def look_of(curves: Sequence[Series]) -> dict[str, dict[str, Any]]:
 
 
 def _against_steps(report: Report, metric: str) -> Drawn | None:
-    curves, known = tables.series(report), tables.extractors(report)
-    lines = {c.label: [(r.steps, m) for r in c.rows if (m := tables.measured(r, metric))] for c in curves}
+    curves, known = answer.series(report), wording.extractors(report)
+    lines = {c.label: [(r.steps, m) for r in c.rows if (m := wording.measured(r, metric))] for c in curves}
     found = [m.value for line in lines.values() for _, m in line]
     if not found:
         return None
     floor = floor_of(report, metric)
-    logarithmic = tables.direction(metric) == "lower" and any(value > 0 for value in found)
+    logarithmic = wording.direction(metric) == "lower" and any(value > 0 for value in found)
     ends = [end for line in lines.values() for _, m in line for end in (m.low, m.high) if end is not None]
     shown = [*found, *(end for end in ends if end > 0), *([floor] if floor else [])]
     height, bottom = _heights(shown) if logarithmic else (float, None)
@@ -134,18 +134,18 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     for curve in curves:
         if lines[curve.label]:
             handles.append(_curve(axes, lines[curve.label], look_of(curves)[curve.label], curve.label, height))
-    reference = tables.reference_row(report)
-    target = tables.value(reference, metric) if reference else None
+    reference = answer.reference_row(report)
+    target = wording.value(reference, metric) if reference else None
     if reference is not None and target is not None and (target > 0 or not logarithmic):
-        label = f"teacher at {tables.plural(reference.steps)}"
+        label = f"teacher at {wording.plural(reference.steps)}"
         handles.append(axes.axhline(target, color=INK, linestyle=":", linewidth=1.1, zorder=1.6, label=label))
     if floor is not None and (floor > 0 or not logarithmic):
         handles.append(axes.axhline(floor, color=MUTED, dashes=(4, 3), linewidth=1.2, label="real against real"))
     axes.set_xlabel("solver steps")
-    axes.set_ylabel(tables.describe(metric, known))
+    axes.set_ylabel(wording.describe(metric, known))
     _step_axis(axes, [steps for line in lines.values() for steps, _ in line])
     caption = (
-        f"{tables.first_upper(tables.describe(metric, known))} ({metric}) against solver steps, {_samples(report)}."
+        f"{wording.first_upper(wording.describe(metric, known))} ({metric}) against solver steps, {_samples(report)}."
     )
     if logarithmic:
         _log_axis(axes, "y", [height(value) for value in shown if value > 0 or value in found])
@@ -154,22 +154,22 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     if bottom is not None and min(found) <= 0:
         caption += " A value of 0 has no place on the logarithmic axis: it is drawn hollow at the bottom."
     if floor is not None:
-        caption += f" Dashed: real data against other real data, {tables.number(floor)}."
+        caption += f" Dashed: real data against other real data, {wording.number(floor)}."
     if any(m.low is not None and m.high is not None for line in lines.values() for _, m in line):
         caption += " Bars: 95% intervals."
-    title = f"{tables.first_upper(tables.describe(metric, known))} against steps"
+    title = f"{wording.first_upper(wording.describe(metric, known))} against steps"
     return _finish(figure, handles, f"{metric}-steps", title, caption)
 
 
 def _against_latency(report: Report, metric: str) -> Drawn | None:
-    curves, known = tables.series(report), tables.extractors(report)
+    curves, known = answer.series(report), wording.extractors(report)
     looks = look_of(curves)
     # Row by row: label, steps, milliseconds, value.
     points = [
         (curve.label, row.steps, row.latency_ms, value)
         for curve in curves
         for row in curve.rows
-        if row.latency_ms and (value := tables.value(row, metric)) is not None
+        if row.latency_ms and (value := wording.value(row, metric)) is not None
     ]
     if not points:
         return None
@@ -190,18 +190,18 @@ def _against_latency(report: Report, metric: str) -> Drawn | None:
         look = {**looks[curve.label], "linestyle": "none"}
         xs, ys = [ms for _, _, ms, _ in mine], [height(value) for *_, value in mine]
         axes.plot(xs, ys, color=look["color"], linewidth=0.8, alpha=0.5)
-        handles += axes.plot(xs, ys, label=tables.shortened(curve.label), **look)
+        handles += axes.plot(xs, ys, label=wording.shortened(curve.label), **look)
         for (_, steps, *_), x, y in zip(mine, xs, ys, strict=True):
             # Two models often meet at one step count, and one number then serves both.
             if not any(steps == s and _near(x, a) and _near(y, b) for s, a, b in numbered):
                 axes.annotate(str(steps), (x, y), xytext=(6.5, 5), textcoords="offset points", fontsize=8)
                 numbered.append((steps, x, y))
     axes.set_xlabel("time of one sample, ms")
-    axes.set_ylabel(tables.describe(metric, known))
+    axes.set_ylabel(wording.describe(metric, known))
     _log_axis(axes, "x", [ms for _, _, ms, _ in points])
     if any(value > 0 for *_, value in points):
         _log_axis(axes, "y", [height(value) for *_, value in points])
-    words = tables.first_upper(tables.describe(metric, known))
+    words = wording.first_upper(wording.describe(metric, known))
     caption = (
         f"{words} ({metric}) against the median time of one sample at batch size 1, {_samples(report)}. Numbers are "
         "solver steps. The band joins the points that no other beats in both, judged by the values alone."
@@ -233,7 +233,7 @@ def _curve(
 ) -> Any:
     """One model's line, with bars where there are intervals and hollow markers for values the axis has no place for."""
     xs, ys = [steps for steps, _ in line], [height(m.value) for _, m in line]
-    handle = axes.plot(xs, ys, label=tables.shortened(label), **look)[0]
+    handle = axes.plot(xs, ys, label=wording.shortened(label), **look)[0]
     for (x, m), y in zip(line, ys, strict=True):
         if y != m.value:
             axes.plot([x], [y], color=look["color"], marker=look["marker"], markerfacecolor=PAPER, zorder=3)

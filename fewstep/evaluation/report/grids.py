@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.report import tables
+from fewstep.evaluation.report import answer, wording
 from fewstep.evaluation.report.figures import slug
 from fewstep.evaluation.results import Report, Row
 
@@ -36,9 +36,9 @@ class Grid:
 
 def grids(report: Report) -> list[Grid]:
     """One grid per curve that has samples, the teacher's most-step row above every student's."""
-    reference = tables.reference_row(report)
+    reference = answer.reference_row(report)
     drawn: list[Grid] = []
-    for curve in tables.series(report):
+    for curve in answer.series(report):
         rows = [row for row in reversed(curve.rows) if row.samples_png]
         if not rows:
             continue
@@ -46,8 +46,8 @@ def grids(report: Report) -> list[Grid]:
         lines = [(f"{row.steps} step{'s' if row.steps > 1 else ''}", tiles(row)) for row in rows]
         caption = "Each column starts from the same noise."
         if top is not None:
-            lines.insert(0, (f"teacher\n{tables.plural(top.steps)}", tiles(top)))
-            caption = f"Top: {tables.label_of(report, top)} at {tables.plural(top.steps)}. {caption}"
+            lines.insert(0, (f"teacher\n{wording.plural(top.steps)}", tiles(top)))
+            caption = f"Top: {answer.label_of(report, top)} at {wording.plural(top.steps)}. {caption}"
         name = slug(curve.label)
         name = f"{name}-{len(drawn) + 1}" if name in {grid.name for grid in drawn} else name
         drawn.append(Grid(name, curve.label, caption, _draw(lines, rule=top is not None)))
@@ -61,7 +61,7 @@ def tiles(row: Row) -> "list[Image]":
     try:
         strip = Image.open(io.BytesIO(base64.b64decode(row.samples_png or "", validate=True))).convert("RGBA")
     except (binascii.Error, UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"the samples of {row.model} at {tables.plural(row.steps)} are not a PNG: {error}") from error
+        raise UsageError(f"the samples of {row.model} at {wording.plural(row.steps)} are not a PNG: {error}") from error
     white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, strip).convert("RGB")
     side = flat.height if flat.width % flat.height == 0 else flat.width

@@ -1,0 +1,158 @@
+"""Which rows are compared, and the one sentence that answers the question."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.evaluation.report.wording import (
+    extractors,
+    measured,
+    number,
+    of_extractor,
+    plural,
+    primary,
+    split,
+    times_as_long,
+    value,
+)
+from fewstep.evaluation.results import Report, Row
+
+FEW_STEPS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: the rows of a model with one sampler, guidance, sample count and seed, by steps."""
+
+    label: str
+    role: Literal["teacher", "student"]
+    rows: tuple[Row, ...]
+
+
+def series(report: Report) -> list[Series]:
+    """Teachers, then students, as first met. A label says more than the model's name only where it must."""
+
+    def traits(row: Row) -> tuple[str, ...]:
+        return (row.role, row.sampler, f"w = {row.guidance:g}", f"n = {row.n:,}", f"seed {row.seed}", row.digest[:8])
+
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in report.rows:
+        groups.setdefault((row.model, *traits(row)), []).append(row)
+    curves = []
+    for (model, *mine), rows in groups.items():
+        namesakes = [others for name, *others in groups if name == model]
+        differing = [trait for i, trait in enumerate(mine) if len({other[i] for other in namesakes}) > 1]
+        label = f"{model} ({', '.join(differing)})" if differing else model
+        curves.append(Series(label, rows[0].role, tuple(sorted(rows, key=lambda row: row.steps))))
+    return sorted(curves, key=lambda curve: curve.role != "teacher")
+
+
+def reference_row(report: Report) -> Row | None:
+    """The teacher at its most steps: what ratios and speed-ups are against. Of several, the best by the primary."""
+    teachers = [row for row in report.rows if row.role == "teacher"]
+    metric = primary(report) or ""
+
+    def rank(row: Row) -> tuple[float, float]:
+        distance = value(row, metric)
+        return -row.steps, math.inf if distance is None else distance
+
+    return min(teachers, key=rank, default=None)
+
+
+def ratio(row: Row, reference: Row | None, metric: str) -> float | None:
+    """The row's metric over the reference's; None unless both are measured, on as many samples."""
+    if reference is None or row.n != reference.n:
+        return None
+    mine, theirs = value(row, metric), value(reference, metric)
+    return mine / theirs if mine is not None and theirs else None
+
+
+def speed_up(row: Row, reference: Row | None) -> float | None:
+    if reference is None or not row.latency_ms or not reference.latency_ms:
+        return None
+    return reference.latency_ms / row.latency_ms
+
+
+def best_student(report: Report, metric: str, steps: Sequence[int]) -> Row | None:
+    """The student with the lowest ``metric`` at one of these step counts; equals go to the fewer steps."""
+    reference = reference_row(report)
+    students = [r for r in report.rows if r.role == "student" and r.steps in steps and value(r, metric) is not None]
+    # Distances on different sample counts have different biases: prefer what compares with the teacher.
+    comparable = [row for row in students if reference is not None and row.n == reference.n] or students
+    return min(comparable, key=lambda row: (value(row, metric), row.steps), default=None)
+
+
+def leading_student(report: Report) -> Row | None:
+    """The student that the headline is about: the best at 1, 2 or 4 steps, or else at the fewest there are."""
+    metric = primary(report)
+    steps = [row.steps for row in report.rows if row.role == "student"]
+    if metric is None or not steps:
+        return None
+    return best_student(report, metric, FEW_STEPS) or best_student(report, metric, (min(steps),))
+
+
+def label_of(report: Report, row: Row) -> str:
+    return next(curve.label for curve in series(report) if row in curve.rows)
+
+
+# --- the answer --------------------------------------------------------------------------------------------------
+
+
+def headline(report: Report, code: Callable[[str], str] = lambda name: f"`{name}`") -> str:
+    """One computed sentence: the best few-step student against the teacher at its most steps.
+
+    ``code`` marks up every name that comes from outside, so that it can also escape it.
+    """
+    metric, reference = primary(report), reference_row(report)
+    if metric is None:
+        return "No Fréchet distance was measured, so no student can be named best."
+    best = leading_student(report)
+    if best is None:
+        if reference is None or value(reference, metric) is None:
+            return f"No row has a value of {code(metric)}."
+        found = number(value(reference, metric))
+        return f"No student was measured; at {plural(reference.steps)} the teacher has {code(metric)} {found}."
+    at, name, found = plural(best.steps), code(label_of(report, best)), number(value(best, metric))
+    opening = f"At {at}, {name} has {code(metric)} {found}"
+    if reference is None:
+        return f"{opening}; no teacher was measured beside it, so what was lost is not known."
+    whose = "the teacher" if len({c.label for c in series(report) if c.role == "teacher"}) == 1 else None
+    theirs = f"{whose or code(label_of(report, reference))}'s {reference.steps}-step figure"
+    if reference.n != best.n:
+        return f"{opening}; {theirs} is on another number of samples and does not compare."
+    quotient = ratio(best, reference, metric)
+    if quotient is None:
+        return f"{opening}; {theirs} is {number(value(reference, metric))}, which gives no ratio."
+    if number(value(best, metric)) == number(value(reference, metric)):
+        sentence = f"{opening}, equal to {theirs}"
+    elif quotient < 1:
+        sentence = f"{opening}, {number(quotient)}× {theirs} (lower is better)"
+    else:
+        several = len({c.label for c in series(report) if c.role == "student"}) > 1
+        who = "even the best student" if several else "the student"
+        sentence = f"At {at}, {who} is worse than the teacher: {name} has {code(metric)} {found}, "
+        sentence += f"{number(quotient)}× {theirs}"
+    faster = speed_up(best, reference)
+    sentence += f", {times_as_long(faster)}" if faster else ""
+    return sentence + _recall_clause(best, reference, _recall_of(report, metric)) + _overlap(best, reference, metric)
+
+
+def _recall_of(report: Report, metric: str) -> str:
+    return of_extractor("recall", split(metric, extractors(report))[1] or "inception")
+
+
+def _recall_clause(best: Row, reference: Row, recall: str) -> str:
+    mine, theirs = value(best, recall), value(reference, recall)
+    if mine is None or theirs is None:
+        return ""
+    if number(mine) == number(theirs):
+        return f"; recall stays at {number(mine)}"
+    return f"; recall {'falls' if mine < theirs else 'rises'} from {number(theirs)} to {number(mine)}"
+
+
+def _overlap(best: Row, reference: Row, metric: str) -> str:
+    a, b = measured(best, metric), measured(reference, metric)
+    if a is None or b is None or a.low is None or a.high is None or b.low is None or b.high is None:
+        return "."
+    return " (the two 95% intervals overlap)." if a.low <= b.high and b.low <= a.high else "."
