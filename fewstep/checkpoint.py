@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, digests, the run directory, checkpoints and exported models.
+"""The run directory, checkpoints and exported models.
 
 A run directory::
 
@@ -11,7 +11,6 @@ Weights are safetensors, everything else is JSON or YAML; nothing is ever unpick
 folder appears under its final name only when complete, and carries digests that are checked on reading.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -28,55 +27,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fewstep.errors import UsageError
+from fewstep.files import check_folder, digest, read_json, write_atomic, write_json
 
 Tensors = dict[str, Tensor]
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write under a temporary name, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_folder(path: Path) -> None:
-    """Before work that ends there: a ``UsageError`` unless a folder can be made and written at ``path``."""
-    existing = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
-    if not existing.is_dir():
-        raise UsageError(f"cannot write to {path}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to {path}: no permission for {existing}")
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(document, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a missing or broken file is a ``UsageError``."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"no {path}") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise UsageError(f"{path} is damaged: not a JSON object")
-    return document
-
-
-def digest(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> str:

@@ -167,8 +167,9 @@ def _train(
         _launch(config, path, same, processes, resume, overwrite, as_json)
         return
 
-    from fewstep.checkpoint import RunDirectory, read_json
+    from fewstep.checkpoint import RunDirectory
     from fewstep.distill.run import Interrupted, run_training
+    from fewstep.files import read_json
 
     try:
         _show_training(
@@ -194,8 +195,9 @@ def _launch(
     """Run the same command in several processes, and end with the exit code that ``status.json`` gives."""
     import torch
 
-    from fewstep.checkpoint import RunDirectory, read_json
+    from fewstep.checkpoint import RunDirectory
     from fewstep.distill.run import check_training
+    from fewstep.files import read_json
 
     # Here, where a mistake is one sentence from one process.
     run = RunDirectory(path)
@@ -241,9 +243,10 @@ def sample(
     Example: fewstep sample runs/digits-meanflow --steps 2 --n 100
     """
     with user_errors():
-        from fewstep.checkpoint import check_folder, write_atomic, write_tensors
+        from fewstep.checkpoint import write_tensors
         from fewstep.evaluation.quantise import to_uint8
         from fewstep.evaluation.strips import samples_grid
+        from fewstep.files import check_folder, write_atomic
         from fewstep.workflows import sample_run
 
         folder = out or run / "samples"
@@ -396,10 +399,10 @@ def demo(
         if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
             raise UsageError(f"{out} exists: --resume goes on with it, --overwrite starts it again")
 
-        from fewstep.checkpoint import check_folder
         from fewstep.distill.run import Interrupted
         from fewstep.evaluation.report import write_report
         from fewstep.evaluation.report.tables import console_table
+        from fewstep.files import check_folder
         from fewstep.workflows import demo_configs, demo_evaluate, demo_train, write_results
 
         check_folder(out)

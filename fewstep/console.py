@@ -1,6 +1,5 @@
 """What people see: everything human goes to stderr, a rich progress bar on a terminal and plain lines elsewhere."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fewstep.files import json_text
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -26,7 +27,7 @@ def say(text: str) -> None:
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """The one JSON document that ``--json`` puts on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    sys.stdout.write(json_text(document))
     sys.stdout.flush()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.checkpoint import RunDirectory, checkpoints, read_model, write_json
+from fewstep.checkpoint import RunDirectory, checkpoints, read_model
 from fewstep.config import RunConfig, config_changes, load_config, read_config
 from fewstep.data.dataset import Dataset
 from fewstep.data.load import load_data
@@ -21,6 +21,7 @@ from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
 from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
+from fewstep.files import write_json
 from fewstep.sampling import OdeSampler
 from fewstep.students.load import LoadedModel, load_model
 from fewstep.teachers.load import Teacher, load_teacher

@@ -15,7 +15,7 @@ MODULES = {
 }
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("block", "errors", "flow", "keys", "times", "environment", "interrupts", "launch", "console"),
+    ("block", "errors", "files", "flow", "keys", "times", "environment", "interrupts", "launch", "console"),
     ("networks", "data", "sampling", "evaluation.config", "networks.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.config"),
     ("config", "recipes"),

@@ -11,21 +11,18 @@ from conftest import contents
 from fewstep.checkpoint import (
     Checkpoint,
     RunDirectory,
-    check_folder,
     checkpoints,
     damage_in,
-    digest,
     read_checkpoint,
-    read_json,
     read_model,
     read_tensors,
     tensors_equal,
-    write_atomic,
     write_checkpoint,
     write_model,
     write_tensors,
 )
 from fewstep.errors import UsageError
+from fewstep.files import check_folder, digest, read_json, write_atomic
 
 TENSORS = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3), "n": torch.tensor(3)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.checkpoint import RunDirectory, read_json
+from fewstep.checkpoint import RunDirectory
 from fewstep.config import load_config
 from fewstep.data.dataset import BatchSource
 from fewstep.data.load import digits
@@ -14,6 +14,7 @@ from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.objective import Objective
 from fewstep.distill.run import run_training
 from fewstep.evaluation.config import EvaluateConfig
+from fewstep.files import read_json
 from fewstep.keys import Key
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig

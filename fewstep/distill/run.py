@@ -17,12 +17,9 @@ from fewstep.checkpoint import (
     Tensors,
     checkpoints,
     damage_in,
-    digest,
     read_checkpoint,
     read_tensors,
-    write_atomic,
     write_checkpoint,
-    write_json,
     write_model,
     write_tensors,
 )
@@ -33,6 +30,7 @@ from fewstep.distill.plan import Stage, first_steps, plan
 from fewstep.distill.train import NonFiniteError, TrainState, make_accelerator, train
 from fewstep.environment import commit, describe_environment
 from fewstep.errors import FewstepError, UsageError
+from fewstep.files import digest, write_atomic, write_json
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.students.initialise import copy_teacher
 from fewstep.students.model_card import model_readme
@@ -340,7 +338,7 @@ def _export(
 _RULES = {"velocity": "ode", "average_velocity": "jumps", "consistency": "renoise"}
 
 
-def _stage_file(run: RunDirectory, stage: Stage) -> Any:
+def _stage_file(run: RunDirectory, stage: Stage) -> Path:
     return run.path / "stages" / f"steps-{stage.serves:04d}.safetensors"
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fewstep.checkpoint import damage_in, digest, read_model
+from fewstep.checkpoint import damage_in, read_model
 from fewstep.config import recipe_names
 from fewstep.data.config import DataConfig, ToyConfig
 from fewstep.data.dataset import Dataset
 from fewstep.data.toys import EIGHT_GAUSSIANS, MIXTURE, MIXTURE_1D
 from fewstep.errors import UsageError, nearest
+from fewstep.files import digest
 from fewstep.flow import VelocityField
 from fewstep.networks.build import network_from_card
 from fewstep.networks.config import NetworkConfig

@@ -9,10 +9,7 @@
 """
 
 import base64
-import json
-import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from fewstep.evaluation.report.card import model_card, students
 from fewstep.evaluation.report.figures import HUES, Drawn, figures, floor_of, slug
 from fewstep.evaluation.report.grids import Grid, grids
 from fewstep.evaluation.results import Report
+from fewstep.files import write_atomic, write_json
 
 __all__ = ["write_report"]
 
@@ -48,17 +46,17 @@ def write_report(report: Report, out: Path) -> Path:
         raise UsageError(f"{out} is a file: the report needs a folder")
     sampled, drawn = grids(report), figures(report)
     for figure in drawn:
-        _write(out / "figures" / f"{figure.name}.svg", figure.svg)
-        _write(out / "figures" / f"{figure.name}.png", figure.png)
+        write_atomic(out / "figures" / f"{figure.name}.svg", figure.svg)
+        write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
     for grid in sampled:
-        _write(out / "samples" / f"{grid.name}.png", grid.png)
+        write_atomic(out / "samples" / f"{grid.name}.png", grid.png)
     for path, text in _cards(report).items():
-        _write(out / path, text)
-    _write(out / "results.csv", tables.as_csv(report))
-    _write(out / "results.json", json.dumps(_finite(report.to_json()), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(out / path, text)
+    write_atomic(out / "results.csv", tables.as_csv(report))
+    write_json(out / "results.json", report.to_json())
     content = _content(report, drawn, sampled)
-    _write(out / "report.md", _template("report.md.jinja")(**content))
-    _write(out / "index.html", _template("index.html.jinja")(**content))
+    write_atomic(out / "report.md", _template("report.md.jinja")(**content))
+    write_atomic(out / "index.html", _template("index.html.jinja")(**content))
     return out / "index.html"
 
 
@@ -160,26 +158,3 @@ def _template(name: str) -> Callable[..., str]:
     environment.globals["html_headline"] = lambda answer: Markup(answer(lambda name: f"<code>{escape(name)}</code>"))
     environment.globals["md_headline"] = lambda answer: Markup(answer(tables.code_markdown))
     return environment.get_template(name).render
-
-
-def _finite(document: Any) -> Any:
-    """JSON has no NaN: what is not finite becomes null, which every reader shows as a dash."""
-    if isinstance(document, Mapping):
-        return {key: _finite(item) for key, item in document.items()}
-    if isinstance(document, (list, tuple)):
-        return [_finite(item) for item in document]
-    return None if isinstance(document, float) and not math.isfinite(document) else document
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name beside the file, then rename: no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
