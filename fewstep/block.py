@@ -1,6 +1,11 @@
 """The base of every config block: frozen, and an unknown key is an error."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+SolverName = Literal["euler", "heun", "midpoint"]
+"""The ODE solvers a config may name."""
 
 
 class Block(BaseModel):

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,17 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every r
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (through torchrun).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Put one JSON document on stdout, and nothing else there.")]
+
+
+class SolverChoice(StrEnum):
+    euler = "euler"
+    heun = "heun"
+    midpoint = "midpoint"
+
+
+SolverOption = Annotated[
+    SolverChoice | None, typer.Option("--solver", help="Solver of a teacher's steps; a student has its own rule.")
+]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 
 
@@ -234,6 +246,7 @@ def sample(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")] = 4,
     n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Sample i comes from (seed, i) alone.")] = 0,
+    solver: SolverOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Changes the speed, not the samples.")] = 256,
     out: Annotated[Path | None, typer.Option("--out", help="Folder (default: RUN/samples).")] = None,
     as_json: AsJson = False,
@@ -252,8 +265,8 @@ def sample(
         folder = out or run / "samples"
         if out is not None:
             check_folder(folder)
-        sampled = sample_run(run, steps=steps, n=n, seed=seed, batch_size=batch_size)
-        stem = f"steps-{steps:02d}-seed-{seed}"
+        sampled = sample_run(run, steps=steps, n=n, seed=seed, batch_size=batch_size, solver=_name(solver))
+        stem = f"steps-{steps:02d}-seed-{seed}" if solver is None else f"{solver}-steps-{steps:02d}-seed-{seed}"
         x = to_uint8(sampled.x) if sampled.data.kind == "image" else sampled.x
         tensors = {"x": x} | ({} if sampled.label is None else {"label": sampled.label})
         write_tensors(folder / f"{stem}.safetensors", tensors, {"model": sampled.model.digest, "seed": str(seed)})
@@ -274,6 +287,7 @@ def evaluate(
     n: Annotated[int | None, typer.Option("--n", min=2, help="Samples per row (default: config).")] = None,
     features: Annotated[str | None, typer.Option("--features", help="Extractors, for example pixels,digits.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of noise and labels, shared by all rows.")] = 0,
+    solver: SolverOption = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sampling batch.")] = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")
@@ -307,6 +321,7 @@ def evaluate(
         given = {
             "n": n,
             "features": tuple(features.split(",")) if features else None,
+            "solver": _name(solver),
             "batch_size": batch_size,
         }
         settings = read_config(run).evaluate.model_dump() | {key: value for key, value in given.items() if value}
@@ -335,6 +350,10 @@ def evaluate(
                 raise GateFailed(
                     f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}"
                 )
+
+
+def _name(solver: SolverChoice | None) -> Any:
+    return None if solver is None else solver.value
 
 
 def _show_row(shown: Meter) -> Callable[[Any, int, int], None]:

@@ -3,7 +3,7 @@
 import datetime
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fewstep.evaluation.features import build_extractor
 from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
 from fewstep.files import write_json
-from fewstep.sampling import OdeSampler
+from fewstep.sampling import OdeSampler, Solver
 from fewstep.students.load import LoadedModel, load_model
 from fewstep.teachers.load import Teacher, load_teacher
 
@@ -49,11 +49,15 @@ class SampledRun:
     nfe: int
 
 
-def sample_run(run: Path, *, steps: int, n: int, seed: int, batch_size: int) -> SampledRun:
-    """Samples ``0 .. n - 1`` of a seed from a finished run."""
+def sample_run(
+    run: Path, *, steps: int, n: int, seed: int, batch_size: int, solver: Solver | None = None
+) -> SampledRun:
+    """Samples ``0 .. n - 1`` of a seed from a finished run. ``solver`` is for teachers; a student has its own rule."""
     device = default_device()
     config = read_config(run)
     model = load_model(run, device)
+    if solver is not None:
+        model = _with_solver(model, solver)
     _check_steps(model, (steps,))
     data = load_data(config.data)
     drawn = draw(model.sampler, steps, data, n=n, batch_size=batch_size, seed=seed, device=device)
@@ -97,6 +101,7 @@ def evaluate_runs(
     for config, model in zip(configs, models, strict=True):
         own = steps or config.evaluate.steps
         if model.role == "teacher":
+            model = _with_solver(model, settings.solver)
             own = steps or settings.teacher_steps or config.evaluate.steps
         _check_steps(model, own)
         candidates.append(_candidate(model, own))
@@ -105,7 +110,7 @@ def evaluate_runs(
         config = next(config for config in configs if config.teacher is not None or config is configs[-1])
         if config.teacher is not None and settings.teacher_steps:
             teacher = load_teacher(config.teacher, data_config, data, device)
-            candidates.append(_teacher_candidate(teacher, settings.teacher_steps))
+            candidates.append(_teacher_candidate(teacher, settings.teacher_steps, settings.solver))
             facts.append(_teacher_facts(teacher, config))
 
     names = [candidate.name for candidate in candidates]
@@ -141,12 +146,19 @@ def _candidate(model: LoadedModel, steps: tuple[int, ...]) -> Candidate:
     )
 
 
-def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...]) -> Candidate:
+def _with_solver(model: LoadedModel, solver: Solver) -> LoadedModel:
+    """The same teacher under another solver; a student has no solver: ``UsageError``."""
+    if not isinstance(model.sampler, OdeSampler):
+        raise UsageError(f"{model.name} is a student with its own sampling rule: --solver is for teachers")
+    return replace(model, sampler=OdeSampler(model.sampler.field, solver))
+
+
+def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...], solver: Solver) -> Candidate:
     return Candidate(
         name=teacher.name,
         role="teacher",
         objective="flow_matching" if teacher.net is not None else "exact",
-        sampler=OdeSampler(teacher.field),
+        sampler=OdeSampler(teacher.field, solver),
         steps=steps,
         guidance=teacher.guidance,
         digest=teacher.digest,

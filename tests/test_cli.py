@@ -22,7 +22,12 @@ from conftest import SMALL, cli, contents, process_environment, refuse, succeed
 from safetensors.torch import load_file
 
 from fewstep.config import recipe_names
+from fewstep.evaluation.quantise import to_uint8
 from fewstep.evaluation.results import SCHEMA, Measured, Row
+from fewstep.flow import uniform_grid
+from fewstep.keys import Key
+from fewstep.sampling import sample_ode
+from fewstep.students.load import load_model
 
 Copy = Callable[[str], Path]
 
@@ -407,3 +412,31 @@ def test_the_entry_points_are_one(tmp_path: Path) -> None:
             [sys.executable, *start, "recipes", "list"], capture_output=True, text=True, check=True, cwd=tmp_path
         )
         assert [line.split()[0] for line in done.stdout.splitlines()] == recipe_names()
+
+
+def test_a_teacher_under_another_solver(trained: Path, tmp_path: Path) -> None:
+    """Two Heun steps cost four evaluations, and the samples are those of the solver itself."""
+    said = succeed(
+        "sample", trained / "teacher", "--steps", 2, "--n", 5, "--solver", "heun", "--out", tmp_path, "--json"
+    )
+    document = json.loads(said.stdout)
+    assert document["nfe"] == 4
+    model = load_model(trained / "teacher", torch.device("cpu"))
+    index = torch.arange(5)
+    noise = Key(0).normal("noise", index, (1, 8, 8))
+    expected = sample_ode(model.sampler.field, noise, uniform_grid(2), index % 10, "heun")  # type: ignore[attr-defined]
+    drawn = load_file(document["samples"])["x"]
+    assert torch.equal(drawn, to_uint8(expected.x))
+
+
+def test_evaluation_with_another_solver(copied: Callable[[str], Path]) -> None:
+    run = copied("teacher")
+    succeed("evaluate", run, "--steps", "1,2", "--n", 50, "--solver", "midpoint", "--features", "pixels")
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [(row["steps"], row["nfe"], row["sampler"]) for row in rows] == [(1, 2, "midpoint"), (2, 4, "midpoint")]
+
+
+def test_a_student_takes_no_solver(trained: Path, tmp_path: Path) -> None:
+    where = tmp_path / "x"
+    refuse("sample", trained / "meanflow", "--solver", "heun", "--out", where, says=("--solver is for teachers",))
+    assert not where.exists()

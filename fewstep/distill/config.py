@@ -4,9 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fewstep.block import Block
-
-SolverName = Literal["euler", "heun", "midpoint"]
+from fewstep.block import Block, SolverName
 
 
 class UniformTimes(Block):
