@@ -109,7 +109,10 @@ def read_results(path: Path) -> Report:
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """One report of several. Rows measured against different references or extractors do not belong in one table."""
+    """One report of several. Rows measured against different references or extractors do not belong in one table.
+
+    Where the environments differ, all are kept, by the models measured in them: a latency belongs to its machine.
+    """
     reports = list(reports)
     first = reports[0]
     for other in reports[1:]:
@@ -126,4 +129,9 @@ def merge(reports: Iterable[Report]) -> Report:
             rows.setdefault((row.model, row.digest, row.steps, row.sampler, row.guidance, row.n, row.seed), row)
         for model in report.models:
             models.setdefault(model.name, model)
-    return Report(tuple(rows.values()), tuple(models.values()), first.reference, first.environment)
+    environment = first.environment
+    if any(report.environment != environment for report in reports):
+        environment = {
+            ", ".join(dict.fromkeys(row.model for row in report.rows)): dict(report.environment) for report in reports
+        }
+    return Report(tuple(rows.values()), tuple(models.values()), first.reference, environment)
