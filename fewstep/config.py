@@ -66,8 +66,6 @@ class RunConfig(Block):
             and self.teacher.guidance != 1
         ):
             raise ValueError("teacher.guidance has no effect with objective.velocity data: use velocity teacher")
-        if not all(0 <= beta < 1 for beta in self.train.betas):
-            raise ValueError(f"train.betas lie in [0, 1), got {self.train.betas}")
         for place, value in _leaves(self.model_dump()):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{place} is {value}: numbers have to be finite")

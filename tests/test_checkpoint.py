@@ -16,7 +16,6 @@ from fewstep.checkpoint import (
     read_checkpoint,
     read_model,
     read_tensors,
-    tensors_equal,
     write_checkpoint,
     write_model,
     write_tensors,
@@ -25,6 +24,11 @@ from fewstep.errors import UsageError
 from fewstep.files import check_folder, digest, read_json, write_atomic
 
 TENSORS = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3), "n": torch.tensor(3)}
+
+
+def tensors_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
@@ -62,8 +66,6 @@ def test_tensors_round_trip_to_the_bit_under_their_digest(tmp_path: Path) -> Non
     sha = write_tensors(path, TENSORS)
     assert sha == digest(path.read_bytes())
     assert tensors_equal(read_tensors(path, sha), TENSORS)
-    assert not tensors_equal(TENSORS, {**TENSORS, "n": torch.tensor(4)})
-    assert not tensors_equal(TENSORS, {"w": TENSORS["w"]})
     with pytest.raises(UsageError, match="damaged"):
         read_tensors(path, "0" * 64)
 
