@@ -11,12 +11,15 @@ Weights are safetensors, everything else is JSON or YAML; nothing is ever unpick
 folder appears under its final name only when complete, and carries digests that are checked on reading.
 """
 
+import datetime
 import json
 import math
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,22 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fewstep.errors import UsageError
-from fewstep.files import check_folder, digest, read_json, write_atomic, write_json
+from fewstep.files import (
+    FULL,
+    DiskError,
+    check_folder,
+    digest,
+    disk_errors,
+    is_temporary,
+    json_text,
+    make_folder,
+    overwrite_json,
+    read_json,
+    sync_folder,
+    temporary_for,
+    write_atomic,
+    write_json,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -92,32 +110,109 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write ``folder/step-00001000`` by renaming a finished temporary folder; the oldest beyond ``keep`` go."""
+def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int | None) -> Path:
+    """Write ``folder/step-00001000`` by renaming a finished temporary folder; the oldest beyond ``keep`` go (None: all
+    stay).
+
+    Whenever the process is killed, every ``step-*`` is whole, and one that is replaced is still there under some name
+    (``restore_checkpoints`` finds it). What fails takes its temporary folder with it.
+    """
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    digests = {}
-    for group, tensors in checkpoint.groups.items():
-        digests[group] = write_tensors(temporary / f"{group}.safetensors", tensors)
-    write_json(temporary / "state.json", {**checkpoint.state, "step": step, "digests": digests})
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    temporary = temporary_for(target)
+    with disk_errors(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            make_folder(temporary)
+            digests = {}
+            for group, tensors in checkpoint.groups.items():
+                digests[group] = write_tensors(temporary / f"{group}.safetensors", tensors)
+            state = {**checkpoint.state, "step": step, "digests": digests}
+            # The state is small and every digit of it counts: it carries its own digest.
+            write_json(temporary / _STATE, {**state, "digest": digest(json_text(state).encode())})
+            _move_in(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in checkpoints(folder)[:-keep] if keep else []:
+            # A folder is deleted file by file: not under a name that says it is whole.
+            shutil.rmtree(old.rename(temporary_for(old)))
     return target
+
+
+_STATE = "state.json"
+
+
+def _move_in(temporary: Path, target: Path) -> None:
+    """Give a finished folder its name. One that has the name already is moved aside first, since a folder cannot be
+    renamed over another."""
+    aside = target.with_name(f".{target.name}.old")
+    if target.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if aside.is_dir():
+            aside.rename(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_checkpoints(folder: Path) -> None:
+    """Undo what a killed process had begun in a folder of checkpoints: back go the replaced, away the unfinished."""
+    for aside in folder.glob(".step-*.old"):
+        target = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists():
+            aside.rename(target)
+    for leftover in [*folder.glob(".step-*.old"), *filter(is_temporary, folder.glob(".step-*"))]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; damage is a ``UsageError``."""
-    state = read_json(path / "state.json")
-    with damage_in(path / "state.json"):
+    """Read and verify one checkpoint. Damage is a ``UsageError`` that says what to do; nothing is deleted here."""
+    try:
+        return read_whole(path)
+    except UsageError as error:
+        if isinstance(error.__cause__, PermissionError):  # no damage
+            raise
+        raise UsageError(f"{error}; {_way_out(path)}") from error
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    damaged = [path]
+    for older in reversed(checkpoints(path.parent)):
+        if _step(older) < _step(path):
+            try:
+                read_whole(older)
+            except UsageError:
+                damaged.append(older)
+            else:
+                return f"delete {' and '.join(map(str, damaged))} to go on from {older.name}"
+    return "no older checkpoint is whole: start again with --overwrite"
+
+
+def read_whole(path: Path) -> Checkpoint:
+    """Read and verify what ``write_checkpoint`` wrote, be it a checkpoint or not. Damage is a ``UsageError``."""
+    file = path / _STATE
+    if not file.exists():
+        raise UsageError(f"{file} is missing")
+    document = read_json(file)
+    with damage_in(file):
+        state = {key: value for key, value in document.items() if key != "digest"}
+        if document.get("digest") != digest(json_text(state).encode()):
+            raise UsageError(f"{file} is damaged: its digest is not the one recorded in it")
         digests = dict(state["digests"])
         state = {**state, "step": int(state["step"]), "stage": int(state["stage"]), "done": int(state["done"])}
     groups = {group: read_tensors(path / f"{group}.safetensors", sha) for group, sha in digests.items()}
@@ -197,6 +292,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def averages(self) -> Path:
+        return self.path / "averages"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -212,9 +311,10 @@ class RunDirectory:
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         check_folder(self.path)
-        if resume and not checkpoints(self.checkpoints):
-            raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}")
-        if resume or not self.path.exists() or not any(self.path.iterdir()):
+        if resume and not checkpoints(self.checkpoints) and not any(self.checkpoints.glob(".step-*.old")):
+            remedy = ": start again with --overwrite" if (self.path / "status.json").is_file() else ""
+            raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}{remedy}")
+        if resume or not self.path.exists() or all(is_temporary(child) for child in self.path.iterdir()):
             return
         if not overwrite:
             raise UsageError(f"{self.path} exists: --resume goes on with it, --overwrite starts it again")
@@ -224,37 +324,61 @@ class RunDirectory:
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Make the directory ready to train in, after ``check``. ``overwrite`` deletes everything in it."""
         self.check(resume=resume, overwrite=overwrite)
-        self.path.mkdir(parents=True, exist_ok=True)
-        if resume:  # what a killed process left half-written
-            for leftover in self.checkpoints.glob(".step-*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        make_folder(self.path)
+        if resume:
+            for folder in (self.checkpoints, self.averages):
+                restore_checkpoints(folder)
+            for folder in (self.path, self.model, self.path / "stages"):
+                for leftover in filter(is_temporary, folder.glob(".*.tmp")):
+                    with suppress(OSError):
+                        _delete(leftover)
             return
         # status.json goes last: a directory that is only half deleted still counts as a run.
         for child in sorted(self.path.iterdir(), key=lambda child: child.name == "status.json"):
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            else:
-                child.unlink()
+            # Not under its name: of what is only half deleted nothing may look whole.
+            _delete(child.rename(temporary_for(child)))
 
     def write_status(self, state: str, *, step: int, message: str = "", exit_code: int | None = None) -> None:
-        """``status.json``: running, done, failed or interrupted; launchers flatten exit codes, this does not."""
-        write_json(
-            self.path / "status.json", {"state": state, "step": step, "message": message, "exit_code": exit_code}
-        )
+        """``status.json``: running, done, failed or interrupted; launchers flatten exit codes, this does not.
+
+        ``running`` is true as long as process ``pid`` of ``host`` lives: a killed one cannot correct it.
+        """
+        path = self.path / "status.json"
+        document = {"state": state, "step": step, "message": message, "exit_code": exit_code}
+        document |= {"pid": os.getpid(), "host": socket.gethostname()}
+        document |= {"updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        try:
+            try:
+                write_json(path, document)
+            except DiskError as error:
+                if error.errno not in FULL or not path.is_file():
+                    raise
+                overwrite_json(path, document, shorten="message")
+        except DiskError:
+            if state in ("running", "done"):
+                raise  # else the error that is being recorded is on its way to the user: not to be hidden by this one
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with self.metrics.open("a") as file:
+        with disk_errors(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines an interrupted run wrote after its last checkpoint: they will be written again."""
         if self.metrics.is_file():
-            kept = [line for line in self.metrics.read_text().splitlines() if _logged_step(line) <= step]
+            text = self.metrics.read_text(errors="replace")
+            kept = [line for line in text.splitlines() if _logged_step(line) <= step]
             write_atomic(self.metrics, "".join(line + "\n" for line in kept))
 
 
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _logged_step(line: str) -> float:
-    """The step of a line of ``metrics.jsonl``; infinity for one that a killed process left half-written."""
+    """The step of a line of ``metrics.jsonl``; infinity for one that a killed process or a full disk cut short."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

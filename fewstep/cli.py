@@ -1,6 +1,5 @@
 """The command line: parse, one call, render. No mathematics, and no heavy import at module level."""
 
-import errno
 import json
 import math
 import os
@@ -17,8 +16,9 @@ import typer
 
 from fewstep import __version__
 from fewstep.console import Meter, emit_json, meter, say, stderr
-from fewstep.errors import FewstepError, GateFailed, UsageError
-from fewstep.launch import is_main_process, launched, run_launched
+from fewstep.errors import FewstepError, GateFailed, UsageError, is_out_of_memory
+from fewstep.files import FULL, DiskError
+from fewstep.launch import is_main_process, launch_lines, launch_text, launched, launched_alone, run_launched
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with fewstep.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure fewstep itself.", rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 Config = Annotated[
     str, typer.Argument(help="A recipe name (see `fewstep recipes list`) or a YAML file.", metavar="CONFIG")
@@ -44,6 +46,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again where 
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random draw (overrides the config).")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (through torchrun).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+PrintLaunch = Annotated[
+    bool,
+    typer.Option("--print-launch", help="Print what starts this in several processes (torchrun, Slurm), and stop."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Put one JSON document on stdout, and nothing else there.")]
 
 
@@ -82,16 +88,12 @@ def user_errors() -> Iterator[None]:
 
 def _explain(error: Exception) -> tuple[str, int] | None:
     """A sentence and an exit code for what the machine refuses: a path, or memory. None for anything else."""
-    if isinstance(error, OSError) and error.filename is not None:
-        path = str(error.filename)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.strerror}: {path if len(path) < 200 else path[:200] + '...'}", 1 if full else 2
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        refused = DiskError(error, error.filename or "standard output")  # every file that is written gives its name
+        return str(refused), refused.exit_code
+    if is_out_of_memory(error):
         return f"out of memory, ask for less at once ({str(error).partition(chr(10))[0][:160]})", 1
     return None
-
-
-_OUT_OF_MEMORY = ("out of memory", "allocate memory", "storage size calculation overflowed")
 
 
 @app.callback(invoke_without_command=True)
@@ -116,6 +118,7 @@ def teach(
     seed: Seed = None,
     processes: Processes = 1,
     dry_run: DryRun = False,
+    print_launch: PrintLaunch = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a teacher by flow matching.
@@ -123,7 +126,9 @@ def teach(
     Example: fewstep teach digits-teacher train.steps=500 --out runs/short
     """
     with user_errors():
-        _train("teach", config, overrides or [], out, resume, overwrite, seed, processes, dry_run, as_json)
+        _train(
+            "teach", config, overrides or [], out, resume, overwrite, seed, processes, dry_run, print_launch, as_json
+        )
 
 
 @app.command()
@@ -136,6 +141,7 @@ def distill(
     seed: Seed = None,
     processes: Processes = 1,
     dry_run: DryRun = False,
+    print_launch: PrintLaunch = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a few-step student from a teacher (or from scratch where the method allows).
@@ -143,7 +149,9 @@ def distill(
     Example: fewstep distill digits-meanflow --seed 1 --out runs/meanflow-1
     """
     with user_errors():
-        _train("distill", config, overrides or [], out, resume, overwrite, seed, processes, dry_run, as_json)
+        _train(
+            "distill", config, overrides or [], out, resume, overwrite, seed, processes, dry_run, print_launch, as_json
+        )
 
 
 def _train(
@@ -156,6 +164,7 @@ def _train(
     seed: int | None,
     processes: int,
     dry_run: bool,
+    print_launch: bool,
     as_json: bool,
 ) -> None:
     from fewstep.config import config_yaml, load_config
@@ -167,6 +176,8 @@ def _train(
     if trains_teacher != (command == "teach"):
         other = "teach" if trains_teacher else "distill"
         raise UsageError(f"{config.name} trains a {'teacher' if trains_teacher else 'student'}: use `fewstep {other}`")
+    if dry_run and print_launch:
+        raise UsageError("--dry-run and --print-launch exclude each other")
     if dry_run:
         if as_json:
             emit_json(json.loads(config.model_dump_json()))
@@ -175,6 +186,11 @@ def _train(
         return
     path = out or Path("runs") / config.name
     same = [command, source, *overrides, *(["--out", str(out)] if out else [])]
+    if print_launch:
+        _print_launch(config.name, path, same, processes, resume, overwrite, as_json)
+        return
+    if launched_alone():
+        say("warning: accelerate launch was asked for several processes and started this one alone: see --print-launch")
     if processes > 1 and not launched():
         _launch(config, path, same, processes, resume, overwrite, as_json)
         return
@@ -201,6 +217,17 @@ def _train(
             emit_json({"run": str(path), "model": card})
 
 
+def _print_launch(
+    name: str, path: Path, same: list[str], processes: int, resume: bool, overwrite: bool, as_json: bool
+) -> None:
+    flags = {"--resume": resume, "--overwrite": overwrite}
+    lines = launch_lines(name, path, processes, same, [flag for flag, given in flags.items() if given])
+    if as_json:
+        emit_json({"processes": processes, **vars(lines)})
+    else:
+        typer.echo(launch_text(lines), nl=False)
+
+
 def _launch(
     config: Any, path: Path, same: list[str], processes: int, resume: bool, overwrite: bool, as_json: bool
 ) -> None:
@@ -219,7 +246,14 @@ def _launch(
     code = run_launched(processes, [*same, *(flag for flag, given in flags.items() if given)])
     status = path / "status.json"
     if code and status.is_file() and status.stat().st_mtime_ns >= began:
-        code = read_json(status).get("exit_code") or code  # the launcher reports 1 whatever happened
+        said = read_json(status)
+        killed = code > 130 and said["state"] == "failed"  # by the others, who lost it
+        if killed or said["state"] == "running":
+            message = f"a process ended without saying why (exit code {code})"
+            then = f"; then {said['message']}" if said["message"] else ""
+            run.write_status("failed", step=said["step"], message=message + then, exit_code=1)
+            raise FewstepError(message)
+        code = said["exit_code"] or code  # the launcher's is that of whichever process failed first
     if code:
         raise typer.Exit(code)
 
@@ -276,6 +310,32 @@ def sample(
         say(f"{n} samples at {steps} steps, NFE {sampled.nfe} -> {folder / stem}.*")
         if as_json:
             emit_json({"samples": str(folder / f"{stem}.safetensors"), "n": n, "steps": steps, "nfe": sampled.nfe})
+
+
+@app.command()
+def average(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="Where the model goes, as a run of its own.")],
+    ema: Annotated[str | None, typer.Option("--ema", help="An average of train.ema, for example 0.9999.")] = None,
+    relative_std: Annotated[
+        float | None, typer.Option("--relative-std", help="Width of a power-function average to be rebuilt.")
+    ] = None,
+    at_step: Annotated[int | None, typer.Option("--at-step", min=1, help="Its step (default: the last).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a finished run's model under another average of its weights.
+
+    Averages that were not tracked are rebuilt from the snapshots of train.ema_snapshot_every.
+
+    Example: fewstep average runs/digits-meanflow --relative-std 0.07 --out runs/digits-meanflow-007
+    """
+    with user_errors():
+        from fewstep.workflows import average_run
+
+        name = average_run(run, out, ema=ema, relative_std=relative_std, step=at_step)
+        say(f"{name} -> {out}")
+        if as_json:
+            emit_json({"run": str(out), "name": name})
 
 
 @app.command()
@@ -494,6 +554,68 @@ def doctor(as_json: AsJson = False) -> None:
             say(f"{check.status:<8}{check.name:<24}{check.detail}")
         if any(check.status == "missing" for check in checks):
             raise typer.Exit(3)
+
+
+# Benchmarks ----------------------------------------------------------------------------------------------------------
+
+
+DEFAULT_BENCH = "digits-teacher"
+
+
+@bench_app.command("train")
+def bench_train(
+    config: Annotated[
+        str, typer.Argument(help="A recipe name or a YAML file; its teacher has to exist.", metavar="CONFIG")
+    ] = DEFAULT_BENCH,
+    overrides: Overrides = None,
+    step_ms: Annotated[
+        float, typer.Option("--step-ms", min=0.1, help="Milliseconds of a bare step: the batch is made to fit.")
+    ] = 20.0,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs of segments, one of each loop.")] = 40,
+    segment: Annotated[int, typer.Option("--segment", min=1, help="Steps of a segment.")] = 10,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads of both (0: train.threads).")] = 0,
+    ledger: Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")] = None,
+    max_overhead: Annotated[
+        float | None, typer.Option("--max-overhead", help="Exit 4 if the median overhead exceeds this percentage.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the training loop costs beside a bare PyTorch loop: same network, same objective, same batches.
+
+    Short segments of both take turns, so that other work on the machine meets both. Printed are medians and quartiles
+    over the pairs, by the clock and by processor time, and where the difference goes.
+
+    Example: fewstep bench train digits-teacher --step-ms 20 --repeats 40
+    """
+    with user_errors():
+        if max_overhead is not None and not math.isfinite(max_overhead):
+            raise UsageError(f"--max-overhead takes a finite number, got {max_overhead}")
+        from fewstep.bench import append_row, bench_table, bench_title, bench_training
+        from fewstep.config import load_config
+        from fewstep.files import check_folder
+
+        if ledger is not None:
+            check_folder(ledger.absolute().parent)
+        if "=" in config and not os.path.exists(config):  # CONFIG left out
+            config, overrides = DEFAULT_BENCH, [config, *(overrides or [])]
+        settings = load_config(config, overrides or [])
+        with meter(f"bench {settings.name}") as shown:
+            bench = bench_training(
+                settings,
+                step_ms=step_ms,
+                pairs=repeats,
+                segment=segment,
+                threads=threads,
+                report=lambda done, total: shown.update(done, total, "pairs"),
+            )
+        say(bench_title(bench))
+        stderr().print(bench_table(bench))
+        if ledger is not None:
+            append_row(ledger, bench)
+        if as_json:
+            emit_json(bench.to_json())
+        if max_overhead is not None and not bench.overhead.median <= max_overhead:
+            raise GateFailed(f"the training loop costs {bench.overhead.median:.2f} %, above {max_overhead:g} %")
 
 
 def main() -> None:

@@ -57,6 +57,8 @@ class RunConfig(Block):
         )
         if needs_teacher and self.teacher is None:
             raise ValueError(f"objective {kind} needs a teacher block")
+        if kind == "progressive" and self.train.ema_snapshot_every:
+            raise ValueError("train.ema_snapshot_every has no meaning over the stages of objective progressive")
         if kind == "flow_matching" and self.teacher is not None:
             raise ValueError("objective flow_matching trains a teacher and takes no teacher block")
         if (
@@ -217,11 +219,16 @@ def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
         if found is not None:
             block = found
             path.append(str(part))
-        elif (tagged := _TAGGED.get((path[-1] if path else "", str(part)))) is not None:
+        elif (tagged := _TAGGED.get((_field(path), str(part)))) is not None:
             block = tagged
         else:
             path.append(str(part))
     return ".".join(path), block
+
+
+def _field(path: list[str]) -> str:
+    """The last name on a path, places in a list left out."""
+    return next((part for part in reversed(path) if not part.isdigit()), "")
 
 
 def _block_of(block: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -1,28 +1,122 @@
 """Small files on disk: atomic writes, JSON, digests. Imports no torch."""
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fewstep.errors import UsageError
+from fewstep.errors import FewstepError, UsageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskError(FewstepError, OSError):
+    """What a disk refuses, and where. Exit code 1 for a full or failing disk, else 2: the user gave the place.
+
+    An ``OSError`` as well, so that its ``errno`` can be asked for.
+    """
+
+    def __init__(self, error: OSError, path: Path | str) -> None:
+        super().__init__(error.errno, error.strerror or str(error), str(path))
+        self.exit_code = 1 if error.errno in (*FULL, errno.EIO) else 2
+
+    def __str__(self) -> str:
+        path = str(self.filename)
+        return f"{self.strerror}: {path if len(path) < 200 else path[:200] + '...'}"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Whatever the disk refuses while ``path`` is written is a ``DiskError`` naming it: the system often names nothing,
+    or a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(error, path) from error
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write under a temporary name, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write under a temporary name, flush to disk, rename, flush the folder. A ``DiskError`` leaves what was there."""
+    temporary = temporary_for(path)
+    with disk_errors(path):
+        make_folder(path.parent)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):  # the first error counts
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def temporary_for(path: Path) -> Path:
+    """Where this process writes what becomes ``path`` by renaming."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a process that was killed may have left this behind (see ``temporary_for``)."""
+    return re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name) is not None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents so that they outlast a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's names to disk, where the system can: Windows and some network disks cannot."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (*FULL, errno.EIO):
+            raise
+
+
+def overwrite_json(path: Path, document: Mapping[str, Any], *, shorten: str) -> None:
+    """Write a JSON object over a file, in the room that this file already has: for a full disk.
+
+    Not atomic. The text ``document[shorten]`` is cut to what fits, and the rest of the file becomes blanks.
+    """
+    with disk_errors(path), path.open("r+b", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        # The blocks are the file's own, used or not. Disks that compress or copy on write count them differently.
+        for room in (getattr(status, "st_blocks", 0) * 512, status.st_size):
+            content = _fitting(document, shorten, room)
+            with suppress(OSError):
+                file.seek(0)
+                content = content.ljust(os.fstat(file.fileno()).st_size)
+                if len(content.rstrip()) <= room and file.write(content) == len(content):
+                    os.fsync(file.fileno())
+                    return
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _fitting(document: Mapping[str, Any], shorten: str, room: int) -> bytes:
+    """The document as JSON of at most ``room`` bytes, as far as cutting one text can do that."""
+    text = str(document[shorten])[:room]
+    while True:
+        content = json.dumps(_finite({**document, shorten: text}), separators=(",", ":")).encode()
+        if len(content) <= room or not text:
+            return content
+        text = text[:-1]
 
 
 def check_folder(path: Path) -> None:
@@ -60,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"no {path}") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or numbers and depths without end
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is damaged: not a JSON object")

@@ -8,9 +8,10 @@ from types import FrameType
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within the context SIGINT and SIGTERM set a flag instead of killing; a second SIGINT kills as usual.
+    """Within the context SIGINT, SIGTERM and SIGUSR1 set a flag instead of killing; a SIGINT after that kills as usual.
 
-    Yields a function that says whether a stop was asked for.
+    SIGUSR1 is what Slurm sends ahead of a time limit (``--signal=USR1@60``); Windows has none. Yields a function that
+    says whether a stop was asked for.
     """
     asked = False
 
@@ -19,7 +20,9 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked
     finally:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.checkpoint import RunDirectory, checkpoints, read_model
-from fewstep.config import RunConfig, config_changes, load_config, read_config
+from fewstep.checkpoint import RunDirectory, checkpoints, read_model, write_model
+from fewstep.config import RunConfig, config_changes, config_yaml, load_config, read_config
 from fewstep.data.dataset import Dataset
 from fewstep.data.load import load_data
+from fewstep.distill.averages import rebuilt, tracked
 from fewstep.distill.run import run_training
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
@@ -21,9 +22,10 @@ from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
 from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
-from fewstep.files import write_json
+from fewstep.files import write_atomic, write_json
 from fewstep.sampling import OdeSampler, Solver
 from fewstep.students.load import LoadedModel, load_model
+from fewstep.students.model_card import model_readme
 from fewstep.teachers.load import Teacher, load_teacher
 
 DEMO_TEACHER = "digits-teacher"
@@ -62,6 +64,41 @@ def sample_run(
     data = load_data(config.data)
     drawn = draw(model.sampler, steps, data, n=n, batch_size=batch_size, seed=seed, device=device)
     return SampledRun(model, data, drawn.x, drawn.label, drawn.nfe)
+
+
+# Averages ------------------------------------------------------------------------------------------------------------
+
+
+def average_run(run: Path, out: Path, *, ema: str | None, relative_std: float | None, step: int | None) -> str:
+    """Write to ``out`` the model of a finished run under another average of its weights; returns the model's name.
+
+    ``ema`` names one that training tracked; ``relative_std``, at ``step`` or at the end, rebuilds one that it did not.
+    What is written can be sampled, evaluated and reported like a run.
+    """
+    if (ema is None) == (relative_std is None):
+        raise UsageError("say which average: --ema NAME, or --relative-std WIDTH to rebuild one")
+    if ema is not None and step is not None:
+        raise UsageError("--at-step goes with --relative-std: tracked averages are those of the last step")
+    exported = read_model(run)
+    config = read_config(run)
+    if list(exported.card["digests"]) != ["model.safetensors"]:
+        raise UsageError(f"{run} has a model for each of several step counts: their averages are not kept apart")
+    directory = RunDirectory(out)
+    directory.check(resume=False, overwrite=False)
+    if ema is not None:
+        label, weights = ema, tracked(RunDirectory(run), config, ema)
+    else:
+        assert relative_std is not None
+        label = f"power-{relative_std:g}" + (f"-step-{step}" if step else "")
+        weights = rebuilt(RunDirectory(run), config, relative_std, step)
+    named = config.model_copy(update={"name": f"{config.name}-{label}"})
+    card = {**exported.card, "name": named.name, "ema": label}
+    directory.prepare(resume=False, overwrite=False)
+    directory.write_status("done", step=int(card["train"]["steps"]), exit_code=0)
+    write_atomic(out / "config.yaml", config_yaml(named))
+    readme = model_readme(card, exported.sampler)
+    write_model(directory.model, card, exported.sampler, {"model.safetensors": weights}, readme)
+    return named.name
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -144,7 +144,9 @@ def test_a_run_on_disk(trained: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "status.json", "environment.json", "metrics.jsonl", "checkpoints", "stages", "model")
     }
-    assert json.loads((run / "status.json").read_text()) == {"state": "done", "step": 30, "message": "", "exit_code": 0}
+    status = json.loads((run / "status.json").read_text())
+    assert list(status) == ["state", "step", "message", "exit_code", "pid", "host", "updated"]
+    assert (status["state"], status["step"], status["exit_code"]) == ("done", 30, 0)
     card = json.loads((run / "model" / "config.json").read_text())
     teacher = json.loads((trained / "teacher" / "model" / "config.json").read_text())
     assert (card["role"], card["objective"], card["teacher"]) == ("student", "progressive", teacher["name"])

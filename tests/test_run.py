@@ -10,16 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SMALL, cli, process_environment, refuse, student, succeed
 
-from fewstep.checkpoint import RunDirectory
+from fewstep.checkpoint import RunDirectory, checkpoints, read_checkpoint
 from fewstep.config import RunConfig, load_config
+from fewstep.data.config import DigitsConfig
+from fewstep.data.dataset import Batch, BatchSource
+from fewstep.data.load import load_data
+from fewstep.distill.flow_matching import FlowMatching
+from fewstep.distill.objective import LossOutput
 from fewstep.distill.run import Interrupted, run_training
 from fewstep.interrupts import stop_requested
+from fewstep.keys import Key
 
 METHODS = {
     "teacher": ("digits-teacher", ("train.steps=12", "train.checkpoint_every=5")),
@@ -43,6 +51,11 @@ def config_of(method: str, teacher: Path) -> RunConfig:
 
 def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """The status without what differs from process to process."""
+    return {name: value for name, value in status(run).items() if name not in ("pid", "host", "updated")}
 
 
 def logged_steps(run: Path) -> list[int]:
@@ -103,7 +116,7 @@ def test_stopped_and_resumed_gives_the_same_bits(
     train(config, run, resume=True)
     assert weights(run) == weights(whole(method))
     assert logged_steps(run) == list(range(1, total + 1))
-    assert status(run) == {"state": "done", "step": total, "message": "", "exit_code": 0}
+    assert outcome(run) == {"state": "done", "step": total, "message": "", "exit_code": 0}
 
 
 def test_stopped_at_every_opportunity(whole: Callable[[str], Path], trained: Path, tmp_path: Path) -> None:
@@ -162,12 +175,35 @@ def test_the_seed_and_nothing_else_decides(trained: Path, tmp_path: Path, whole:
     assert weights(tmp_path / "other") != weights(whole("meanflow"))
 
 
+def test_a_resumed_run_logs_what_one_run_would_have(
+    whole: Callable[[str], Path], trained: Path, tmp_path: Path
+) -> None:
+    """Means over windows of four steps, of which the checkpoint cuts one in two."""
+    lines = []
+    for name in ("whole", "resumed"):
+        recipe, own = METHODS["meanflow"]
+        config = load_config(recipe, [*student(trained / "teacher"), *own, "train.log_every=4"])
+        run = tmp_path / name
+        if name == "resumed":
+            with pytest.raises(Interrupted):
+                train(config, run, stop_at=6)
+        train(config, run, resume=name == "resumed")
+        found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        clock = ("seconds", "samples_per_s", "peak_memory_mib")
+        lines.append([{name: value for name, value in line.items() if name not in clock} for line in found])
+    assert [line["step"] for line in lines[0]] == [4, 8, 12]
+    assert lines[0] == lines[1]
+
+
 def test_metrics_are_logged_as_often_as_asked(trained: Path, tmp_path: Path) -> None:
     overrides = (*student(trained / "teacher"), "train.steps=10", "train.log_every=4")
     succeed("distill", "digits-meanflow", *overrides, "--out", tmp_path / "run")
     assert logged_steps(tmp_path / "run") == [4, 8, 10]
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"step", "stage", "lr", "seconds", "loss", "residual", "grad_norm"} <= set(line)
+    assert set(line) == {
+        *("step", "stage", "lr", "seconds", "samples_per_s", "peak_memory_mib"),
+        *("loss", "residual", "grad_norm", "jvp_norm", "diagonal_residual", "residual_by_time"),
+    }
 
 
 # When something goes wrong -------------------------------------------------------------------------------------------
@@ -179,7 +215,7 @@ def test_a_diverging_run_stops_with_a_remedy(tmp_path: Path) -> None:
     result = cli("teach", "digits-teacher", *SMALL, *overrides, "--out", run)
     assert result.exit_code == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: the gradient is not finite at step ")
+    assert last.startswith("error: the loss is not finite at step ")
     good = max(path.name for path in (run / "checkpoints").iterdir())
     assert f"last good checkpoint: {good}" in last
     assert "lower train.lr" in last
@@ -188,16 +224,82 @@ def test_a_diverging_run_stops_with_a_remedy(tmp_path: Path) -> None:
     assert not (run / "model").exists()
 
 
+def test_a_poisoned_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One NaN in one image: training stops at the batch that has it, before any weight has seen it."""
+    import fewstep.distill.run
+
+    clean = load_data(DigitsConfig())
+    x = clean.x.clone()
+    x[700, 0, 3, 4] = float("nan")
+    monkeypatch.setattr(fewstep.distill.run, "load_data", lambda config: replace(clean, x=x))
+    source = BatchSource(clean, 16, 0, device=torch.device("cpu"))
+    step = next(step for step in range(200) if 700 in source.batch(step).row)
+    assert step > 2
+    run = tmp_path / "run"
+    result = cli("teach", "digits-teacher", *SMALL, "train.steps=200", "train.checkpoint_every=1", "--out", run)
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert last == (
+        f"error: the loss is not finite at step {step + 1}, for 1 of 16 samples: rows 700 of the data (draws and batch "
+        f"keyed by seed 0, step {step}); last good checkpoint: step-{step:08d}; look at those rows: the others are fine"
+    )
+    assert (status(run)["state"], status(run)["step"], status(run)["exit_code"]) == ("failed", step, 1)
+    assert status(run)["message"] in last
+    found = checkpoints(run / "checkpoints")
+    assert [path.name for path in found] == [f"step-{k:08d}" for k in (step - 1, step)]
+    for path in found:
+        groups = read_checkpoint(path).groups
+        assert all(value.isfinite().all() for tensors in groups.values() for value in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "overrides", "says", "silent"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), (), ("train.precision=bf16",), ("fsdp2",)),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ("train.precision=bf16",), (), ("bf16", "fsdp2")),
+        (MemoryError(), ("train.gradient_accumulation_steps=4",), ("train.precision=bf16",), ("fsdp2",)),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(
+    error: Exception,
+    overrides: tuple[str, ...],
+    says: tuple[str, ...],
+    silent: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = FlowMatching.forward
+
+    def hungry(self: FlowMatching, batch: Batch, key: Key) -> LossOutput:
+        if key.step == 3:
+            raise error
+        return forward(self, batch, key)
+
+    monkeypatch.setattr(FlowMatching, "forward", hungry)
+    run = tmp_path / "run"
+    result = cli("teach", "digits-teacher", *SMALL, "train.steps=9", *overrides, "--out", run)
+    assert (result.exit_code, result.stdout) == (1, "")
+    last = result.stderr.splitlines()[-1]
+    parts = 4 if "train.gradient_accumulation_steps=4" in overrides else 1
+    assert last.startswith(f"error: out of memory at step 4: raise train.gradient_accumulation_steps above {parts} ")
+    for word in says:
+        assert word in last
+    for word in silent:
+        assert word not in last
+    assert (status(run)["state"], status(run)["step"], status(run)["exit_code"]) == ("failed", 3, 1)
+    assert status(run)["message"] in last
+
+
 def test_a_defect_is_recorded_and_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fewstep.distill.run
 
     def broken(*arguments: object) -> None:
         raise AssertionError("a defect")
 
-    monkeypatch.setattr(fewstep.distill.run, "_export", broken)
+    monkeypatch.setattr(fewstep.distill.run, "export", broken)
     with pytest.raises(AssertionError, match="a defect"):
         cli("teach", "digits-teacher", *SMALL, "train.steps=2", "--out", tmp_path / "run")
-    assert status(tmp_path / "run") == {
+    assert outcome(tmp_path / "run") == {
         "state": "failed",
         "step": 2,
         "message": "AssertionError('a defect')",

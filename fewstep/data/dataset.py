@@ -31,11 +31,30 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples ``x [B, *D]``, labels ``[B]`` or None, and each sample's place ``index [B]`` in the global batch."""
+    """Samples ``x [B, *D]``, labels ``[B]`` or None, each sample's place ``index [B]`` in the global batch and its row
+    ``row [B]`` in the data set (None for a batch that comes from none)."""
 
     x: Tensor
     label: Tensor | None
     index: Tensor
+    row: Tensor | None = None
+
+    def split(self, parts: int) -> "list[Batch]":
+        """Consecutive microbatches of equal size. ``ValueError`` where they cannot be equal."""
+        if parts == 1:
+            return [self]
+        if len(self.x) % parts:
+            raise ValueError(f"{len(self.x)} samples do not divide into {parts} equal parts")
+        size = len(self.x) // parts
+        return [
+            Batch(
+                self.x[slice(k, k + size)],
+                None if self.label is None else self.label[slice(k, k + size)],
+                self.index[slice(k, k + size)],
+                None if self.row is None else self.row[slice(k, k + size)],
+            )
+            for k in range(0, len(self.x), size)
+        ]
 
 
 class BatchSource:
@@ -77,6 +96,7 @@ class BatchSource:
             x=self._x[rows],
             label=None if self._label is None else self._label[rows],
             index=self._index,
+            row=rows,
         )
 
     def _permutation(self, epoch: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.objective import LossOutput, Objective
+from fewstep.distill.shards import full, local
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
 from fewstep.sampling import SOLVERS, Solver
@@ -74,7 +75,7 @@ class ConsistencyDistillation(Objective):
             distance = (square + c**2).sqrt() - c
         else:
             distance = square / dim
-        return LossOutput(distance / (t - r), {"residual": square.detach().mean() / dim})
+        return LossOutput(distance / (t - r), square.detach() / dim, t, {})
 
     def nodes_at(self, step: int) -> int:
         """``N(k) = start_nodes 2^j`` with ``j`` growing by one in equal parts of the training, up to ``nodes``."""
@@ -96,15 +97,20 @@ class ConsistencyDistillation(Objective):
             target._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def targets(self) -> tuple[nn.Module, ...]:
+        return self._target
+
     @torch.no_grad()
     def after_step(self) -> None:
         if self._target:
-            target: list[Tensor] = [*self._target[0].parameters()]
-            online: list[Tensor] = [*self.student.parameters()]
+            target = [local(parameter) for parameter in self._target[0].parameters()]
+            online = [local(parameter) for parameter in self.student.parameters()]
             torch._foreach_lerp_(target, online, 1 - self.target_decay)
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {f"target.{name}": value for name, value in self._target[0].state_dict().items()} if self._target else {}
+        if not self._target:
+            return {}
+        return {f"target.{name}": full(value) for name, value in self._target[0].state_dict().items()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         if self._target:

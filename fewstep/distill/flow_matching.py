@@ -3,7 +3,7 @@
 from torch import nn
 
 from fewstep.data.dataset import Batch
-from fewstep.distill.objective import LossOutput, Objective, drop_labels, mean_square
+from fewstep.distill.objective import LossOutput, Objective, drop_labels, mean_square, root_mean_square
 from fewstep.flow import LINEAR
 from fewstep.keys import Key
 from fewstep.times import Times, sample_times
@@ -31,4 +31,4 @@ class FlowMatching(Objective):
         point = LINEAR.sample(x, e, t)
         v = self.student(point.x_t, t, t, label)
         loss = mean_square(v - point.v)
-        return LossOutput(loss, {"residual": loss.detach().mean(), "v_norm": v.detach().square().mean().sqrt()})
+        return LossOutput(loss, loss.detach(), t, {"v_norm": root_mean_square(v)})

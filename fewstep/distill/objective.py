@@ -11,30 +11,46 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
+from fewstep.distill.tangent import Derivative
 from fewstep.keys import Key
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Loss per sample ``[B]`` (what is minimised is its mean) and diagnostics as detached scalars."""
+    """What one batch gave, every number in float32 or better.
+
+    ``per_sample_B`` is what is minimised (its mean). ``residual_B`` is the plain squared residual per coordinate,
+    before any weight, detached: it falls where a weighted loss hovers. ``t_B`` is the time each sample was taken at.
+    ``diagnostics`` are further numbers per sample ``[B]``, detached, NaN where one does not apply to a sample; the
+    same names every time.
+    """
 
     per_sample_B: Tensor
-    metrics: dict[str, Tensor]
+    residual_B: Tensor
+    t_B: Tensor
+    diagnostics: dict[str, Tensor]
 
 
 class Objective(nn.Module, ABC):
-    """Abstract; every subclass is final. ``student`` is the network being trained."""
+    """Abstract; every subclass is final. ``student`` is the network being trained, ``derivative`` how its derivative
+    along the path is taken by an objective that needs one."""
 
     student: nn.Module
+    derivative: Derivative | None = None
 
     @abstractmethod
     def forward(self, batch: Batch, key: Key) -> LossOutput: ...
+
+    def targets(self) -> tuple[nn.Module, ...]:
+        """Networks beside the student that are moved by hand and not trained, each of the student's own shape."""
+        return ()
 
     def after_step(self) -> None:
         """Called after every optimiser step: the place of target networks."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Tensors beyond the student that a resumed run needs, such as a target network's."""
+        """Tensors beyond the student that a resumed run needs, such as a target network's: whole ones, so where they
+        are sharded every process has to ask."""
         return {}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
@@ -46,6 +62,11 @@ class Objective(nn.Module, ABC):
 def mean_square(difference: Tensor) -> Tensor:
     """Mean over all but the first dimension: ``[B, *D] -> [B]``."""
     return difference.flatten(1).square().mean(dim=1)
+
+
+def root_mean_square(field: Tensor) -> Tensor:
+    """Size per sample, ``[B, *D] -> [B]``, detached: a diagnostic."""
+    return mean_square(field.detach()).sqrt()
 
 
 def drop_labels(

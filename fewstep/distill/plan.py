@@ -25,6 +25,7 @@ from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveStage, SolverMap, stage_domain, stage_steps
+from fewstep.distill.tangent import central_difference, forward_derivative
 from fewstep.errors import UsageError
 from fewstep.students.maps import AverageVelocityMap
 from fewstep.teachers.load import Teacher
@@ -85,6 +86,7 @@ def _meanflow(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tupl
             jump_fraction=objective.jump_fraction,
             weight_power=objective.weight_power,
             weight_offset=objective.weight_offset,
+            derivative=forward_derivative if objective.jvp == "forward" else central_difference(objective.jvp_step),
         )
 
     return (Stage("MeanFlow", config.train.steps, 0, build),)

@@ -36,9 +36,8 @@ class ProgressiveStage(Objective):
         v*  = (x_s - x_t) / (s - t),   L = E || u(x_t, t, s) - v* ||^2 / D
 
     with ``x_t`` from real data and noise and ``t`` uniform on the student's own nodes. The teacher's grid is the
-    student's
-    with its midpoints inserted: a teacher that does not serve those jumps is refused here, not in training. Guidance
-    belongs to the teacher, and is thereby folded into the student.
+    student's with its midpoints inserted: a teacher that does not serve those jumps is refused here, not in training.
+    Guidance belongs to the teacher, and is thereby folded into the student.
     """
 
     def __init__(self, student: nn.Module, *, teacher: FlowMap, steps: int) -> None:
@@ -60,13 +59,15 @@ class ProgressiveStage(Objective):
         x_t = LINEAR.sample(x, e, t).x_t
         target = self.target(x_t, t, m, s, batch.label)
         loss = mean_square(self.student(x_t, t, s, batch.label) - target)
-        return LossOutput(loss, {"residual": loss.detach().mean()})
+        return LossOutput(loss, loss.detach(), t, {})
 
     @torch.no_grad()
     def target(self, x_t: Tensor, t_B: Tensor, m_B: Tensor, s_B: Tensor, label_B: Tensor | None) -> Tensor:
-        """``v*``: the average velocity over ``[s, t]`` of the teacher's two steps."""
-        x_m = self.teacher(x_t, t_B, m_B, label_B)
-        x_s = self.teacher(x_m, m_B, s_B, label_B)
+        """``v*``: the average velocity over ``[s, t]`` of the teacher's two steps, in full precision: of two close
+        points, and every stage inherits the errors of the one before."""
+        with torch.autocast(x_t.device.type, enabled=False):
+            x_m = self.teacher(x_t, t_B, m_B, label_B)
+            x_s = self.teacher(x_m, m_B, s_B, label_B)
         return (x_s - x_t) / expand(s_B - t_B, x_t)
 
 

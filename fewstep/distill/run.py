@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import fewstep
 from fewstep.checkpoint import (
     Checkpoint,
     RunDirectory,
@@ -20,20 +19,23 @@ from fewstep.checkpoint import (
     read_checkpoint,
     read_tensors,
     write_checkpoint,
-    write_model,
     write_tensors,
 )
 from fewstep.config import RunConfig, config_changes, config_yaml, read_config
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import load_data
+from fewstep.distill.averages import keep_snapshot
+from fewstep.distill.export import export
+from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
-from fewstep.distill.train import NonFiniteError, TrainState, make_accelerator, train
-from fewstep.environment import commit, describe_environment
-from fewstep.errors import FewstepError, UsageError
-from fewstep.files import digest, write_atomic, write_json
-from fewstep.networks.build import build_network, parameter_count
+from fewstep.distill.shards import full
+from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
+from fewstep.distill.train import NonFiniteError, make_accelerator, train
+from fewstep.environment import describe_environment
+from fewstep.errors import FewstepError, UsageError, is_out_of_memory
+from fewstep.files import read_json, write_atomic, write_json
+from fewstep.networks.build import build_network
 from fewstep.students.initialise import copy_teacher
-from fewstep.students.model_card import model_readme
 from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.load import Teacher, load_teacher
 from fewstep.teachers.network import freeze
@@ -61,17 +63,19 @@ class Interrupted(FewstepError):
 
 @dataclass(frozen=True)
 class _Position:
-    """Where training stands: finished steps of a stage, time spent, previous stage's student (None in the first).
+    """Where training stands: finished steps of a stage, time spent, the stage's tensors by group, weights of the stage
+    before (None in the first), metrics not yet logged.
 
-    ``finished`` holds the digests of the averaged students of earlier stages, by the step count they serve.
+    ``finished`` holds the digests of the averaged students of finished stages, by the step count they serve.
     """
 
     stage: int = 0
     done: int = 0
     seconds: float = 0.0
     start: dict[str, Tensors] | None = None
-    previous: nn.Module | None = None
+    previous: Tensors | None = None
     finished: dict[str, str] = field(default_factory=dict)
+    window: Any = None
 
 
 def run_training(
@@ -79,48 +83,59 @@ def run_training(
 ) -> Iterator[Progress]:
     """Train as ``config`` says into ``run``, yielding after every optimiser step.
 
-    When ``stopped()`` turns true, a checkpoint is saved and ``Interrupted`` raised. A non-finite gradient ends the
-    run with the last good checkpoint named. Every fault is also recorded in ``status.json``.
+    When ``stopped()`` turns true, a checkpoint is saved and ``Interrupted`` raised. A loss or gradient that is not
+    finite ends the run with the last good checkpoint named, a lack of memory with what to lower. Every fault is also
+    recorded in ``status.json``.
     """
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator()
     request = check_training(
         config, run, accelerator.device, processes=accelerator.num_processes, resume=resume, overwrite=overwrite
     )
-    data, teacher, student, stages = request.data, request.teacher, request.student, request.stages
+    stages = request.stages
     accelerator.wait_for_everyone()  # all have looked at the run directory
     if accelerator.is_main_process:
         run.prepare(resume=resume, overwrite=overwrite)
-        if not resume:
-            _status(accelerator, run, "running", 0)  # first: what has a status.json is a run
-            write_atomic(run.path / "config.yaml", config_yaml(config))
-            write_json(run.path / "environment.json", describe_environment())
-    position = _resume(config, run, teacher, student, accelerator.device) if resume else _Position()
+    accelerator.wait_for_everyone()  # what a killed run left half-done is in order
+    position = _resume(config, run, request) if resume else _Position()
     accelerator.wait_for_everyone()  # all have read the checkpoint
-    if resume and accelerator.is_main_process:
-        run.forget_metrics_after(first_steps(stages)[position.stage] + position.done)
-    starts = first_steps(stages)
-    step = starts[position.stage] + position.done
+    step = first_steps(stages)[position.stage] + position.done
     threads = torch.get_num_threads()
+    trackers = Trackers()
     try:
+        if accelerator.is_main_process:
+            run.write_status("running", step=step)  # first: what has a status.json is a run
+            if resume:
+                run.forget_metrics_after(step)
+            else:
+                write_atomic(run.path / "config.yaml", config_yaml(config))
+                write_json(run.path / "environment.json", describe_environment())
+            trackers = open_trackers(config, run.path / "trackers", step)
         torch.set_num_threads(config.train.threads or threads)
-        for progress in _train_stages(config, run, accelerator, data, teacher, student, stages, position, stopped):
+        for progress in _train_stages(config, run, accelerator, request, position, trackers, stopped):
             step = progress.step
             yield progress
-    except FewstepError as error:
-        if isinstance(error, Interrupted):
-            _status(accelerator, run, "interrupted", error.step, str(error), error.exit_code)
-        else:
-            _status(accelerator, run, "failed", step, str(error), error.exit_code)
+    except Interrupted as error:
+        _fault(accelerator, run, "interrupted", error.step, str(error), error.exit_code)
         raise
     except (GeneratorExit, KeyboardInterrupt):
-        _status(accelerator, run, "interrupted", step, "stopped without a checkpoint of this step", 130)
+        _fault(accelerator, run, "interrupted", step, "stopped without a checkpoint of this step", 130)
+        raise
+    except FewstepError as error:
+        _fault(accelerator, run, "failed", step, str(error), error.exit_code)
         raise
     except BaseException as error:
-        _status(accelerator, run, "failed", step, repr(error), 1)
+        explained = _out_of_memory(error, step, config, accelerator.num_processes)
+        told = _fault(accelerator, run, "failed", step, str(explained) if explained else repr(error), 1)
+        if told:
+            raise FewstepError(told) from error
+        if explained:
+            raise explained from error
         raise
     finally:
         torch.set_num_threads(threads)
-    _status(accelerator, run, "done", step, "", 0)
+        trackers.close()
+    if accelerator.is_main_process:
+        run.write_status("done", step=step, exit_code=0)
 
 
 @dataclass(frozen=True)
@@ -138,11 +153,14 @@ def check_training(
 ) -> Request:
     """Find everything that can be wrong with a request before the run directory is touched: else ``UsageError``."""
     run.check(resume=resume, overwrite=overwrite)
+    check_trackers(config.train.report_to)
     path = config.teacher.path if isinstance(config.teacher, RunTeacher) else None
     if path is not None and Path(path).resolve().is_relative_to(run.path.resolve()):
         raise UsageError(f"{run.path} is where the teacher {path} lies: give another --out")
-    if config.train.batch_size % processes:
-        raise UsageError(f"train.batch_size {config.train.batch_size} does not divide among {processes} processes")
+    shares = processes * config.train.gradient_accumulation_steps
+    if config.train.batch_size % shares:
+        among = f"{processes} processes" if shares == processes else f"{shares} microbatches on {processes} processes"
+        raise UsageError(f"train.batch_size {config.train.batch_size} does not divide among {among}")
     data = load_data(config.data)
     teacher = None if config.teacher is None else load_teacher(config.teacher, config.data, data, device)
     student = _build_student(config, teacher, data)
@@ -159,36 +177,44 @@ def _train_stages(
     config: RunConfig,
     run: RunDirectory,
     accelerator: Accelerator,
-    data: Dataset,
-    teacher: Teacher | None,
-    student: nn.Module,
-    stages: tuple[Stage, ...],
+    request: Request,
     position: _Position,
+    trackers: Trackers,
     stopped: Callable[[], bool],
 ) -> Iterator[Progress]:
-    settings = config.train
+    settings, stages = config.train, request.stages
     starts = first_steps(stages)
     source = BatchSource(
-        data,
+        request.data,
         settings.batch_size,
         config.seed,
         device=accelerator.device,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    _status(accelerator, run, "running", starts[position.stage] + position.done)
+    # Every process takes part in gathering shards; what is not sharded the first one has by itself.
+    gathers = accelerator.is_main_process or (settings.parallel == "fsdp2" and accelerator.num_processes > 1)
+    begun = starts[position.stage] + position.done
+    log = MetricsLog(run, settings.batch_size, step=begun, seconds=position.seconds, window=position.window)
+    weights = position.start["student"] if position.start else request.student.state_dict()
+    previous_weights, finished = position.previous, position.finished
     seconds, metrics = position.seconds, {}
-    previous, finished = position.previous, position.finished
     exported: dict[int, Tensors] = {}
     for number in range(position.stage, len(stages)):
         stage = stages[number]
         here = number == position.stage
         done, start = (position.done, position.start) if here else (0, None)
-        objective = stage.build(student, previous)
+        if done == stage.steps:  # the checkpoint was this stage's last
+            previous_weights = weights
+            continue
+        # Fresh modules: sharding and compilation change the ones they are given for good.
+        student = _with_weights(request.student, weights)
+        previous = None
+        if previous_weights is not None:
+            previous = freeze(_with_weights(request.student, previous_weights)).to(accelerator.device)
         before = seconds
-        state: TrainState | None = None
         steps = train(
-            objective,
+            stage.build(student, previous),
             source,
             settings,
             accelerator,
@@ -203,46 +229,71 @@ def _train_stages(
                 seconds = before + state.seconds
                 step = starts[number] + state.step
                 last = state.step == stage.steps
+                log.add(state.sums)
                 if step % settings.log_every == 0 or last:
-                    metrics = {name: float(value) for name, value in state.metrics.items()}
-                    line = {"step": step, "stage": stage.name, "lr": state.lr, "seconds": round(seconds, 3), **metrics}
                     if accelerator.is_main_process:
-                        run.append_metrics(line)
+                        metrics = log.write(step, stage.name, state.lr, seconds)
+                        trackers.log({**metrics, "lr": state.lr}, step)
+                    else:
+                        log.forget(step, seconds)
+                if settings.ema_snapshot_every and step % settings.ema_snapshot_every == 0 and gathers:
+                    keep_snapshot(run, step, state.emas, accelerator.is_main_process)
                 stop = _agreed(accelerator, stopped())
-                if accelerator.is_main_process and (step % settings.checkpoint_every == 0 or last or stop):
-                    groups = state.snapshot()
-                    if previous is not None:
-                        groups["previous"] = dict(previous.state_dict())
-                    facts: dict[str, Any] = {
-                        "stage": number,
-                        "done": state.step,
-                        "seconds": seconds,
-                        "teacher_digest": None if teacher is None else teacher.digest,
-                    }
-                    if last:  # before the checkpoint that says the stage is over
-                        sha = write_tensors(_stage_file(run, stage), state.emas[0].state())
-                        finished = {**finished, str(stage.serves): sha}
-                    facts["finished"] = finished
-                    write_checkpoint(run.checkpoints, step, Checkpoint(groups, facts), keep=settings.keep_checkpoints)
+                if (step % settings.checkpoint_every == 0 or last or stop) and gathers:
+                    groups = state.snapshot(accelerator.is_main_process)
+                    if accelerator.is_main_process:
+                        if last:  # before the checkpoint that says the stage is over
+                            sha = write_tensors(_stage_file(run, stage), groups[f"ema-{settings.ema[0].name}"])
+                            finished = {**finished, str(stage.serves): sha}
+                        window = log.window_state()
+                        reached = _Position(number, state.step, seconds, groups, previous_weights, finished, window)
+                        _save(run, step, reached, request.teacher, settings.keep_checkpoints)
                 if stop:
                     raise Interrupted(f"stopped at step {step} of {starts[-1]}; go on with --resume", step)
                 yield Progress(step, starts[-1], stage.name, metrics)
         except NonFiniteError as error:
-            good = checkpoints(run.checkpoints)
-            raise NonFiniteError(
-                f"{error}; last good checkpoint: {good[-1].name if good else 'none'}. "
-                "Try a lower train.lr, a longer train.warmup_steps or train.precision=fp32"
-            ) from error
-        if state is not None:
-            exported[stage.serves] = {name: value.clone() for name, value in state.emas[0].state().items()}
-        previous = freeze(copy.deepcopy(student))
-        student.requires_grad_(True).train()
+            raise NonFiniteError(f"{error}; {_remedy(error, run)}", samples=error.samples) from error
+        exported[stage.serves] = {name: value.clone() for name, value in state.emas[0].state().items()}
+        weights = {name: full(value).cpu() for name, value in student.state_dict().items()}
+        previous_weights = weights
     if accelerator.is_main_process:
         for stage in stages:
             if stage.serves not in exported:
                 exported[stage.serves] = read_tensors(_stage_file(run, stage), finished[str(stage.serves)])
-        _export(config, run, data, teacher, student, exported, starts[-1], seconds)
+        export(config, run, request.data, request.teacher, request.student, exported, starts[-1], seconds)
     accelerator.wait_for_everyone()
+
+
+def _with_weights(net: nn.Module, weights: Tensors) -> nn.Module:
+    """A copy of a network with other weights."""
+    copied = copy.deepcopy(net)
+    copied.load_state_dict(weights)
+    return copied
+
+
+def _remedy(error: NonFiniteError, run: RunDirectory) -> str:
+    good = checkpoints(run.checkpoints)
+    advice = (
+        "look at those rows: the others are fine"
+        if error.samples
+        else "try a lower train.lr, a longer train.warmup_steps or train.precision=fp32"
+    )
+    return f"last good checkpoint: {good[-1].name if good else 'none'}; {advice}"
+
+
+def _out_of_memory(error: BaseException, step: int, config: RunConfig, processes: int) -> FewstepError | None:
+    """What to lower, if it was memory that ran out."""
+    if not is_out_of_memory(error):
+        return None
+    settings = config.train
+    remedies = [f"raise train.gradient_accumulation_steps above {settings.gradient_accumulation_steps}"]
+    remedies[0] += " (the same training in smaller pieces) or lower train.batch_size"
+    if settings.precision == "fp32":
+        remedies.append("set train.precision=bf16")
+    if processes > 1 and settings.parallel == "ddp":
+        remedies.append("set train.parallel=fsdp2")
+    first_line = str(error).strip().partition("\n")[0][:160]
+    return FewstepError(f"out of memory at step {step + 1}: {'; '.join(remedies)} ({first_line})")
 
 
 def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) -> nn.Module:
@@ -263,9 +314,24 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
     return student
 
 
-def _resume(
-    config: RunConfig, run: RunDirectory, teacher: Teacher | None, student: nn.Module, device: torch.device
-) -> _Position:
+def _save(run: RunDirectory, step: int, position: _Position, teacher: Teacher | None, keep: int) -> None:
+    """Write the checkpoint of a step: what ``_resume`` reads."""
+    groups = dict(position.start or {})
+    if position.previous is not None:
+        groups["previous"] = position.previous
+    facts = {
+        "stage": position.stage,
+        "done": position.done,
+        "seconds": position.seconds,
+        "finished": position.finished,
+        "window": position.window,
+        "teacher_digest": None if teacher is None else teacher.digest,
+    }
+    write_checkpoint(run.checkpoints, step, Checkpoint(groups, facts), keep=keep)
+    run.write_status("running", step=step)
+
+
+def _resume(config: RunConfig, run: RunDirectory, request: Request) -> _Position:
     """Read the newest checkpoint; a changed config or teacher is a ``UsageError``."""
     changes = config_changes(read_config(run.path), config)
     if changes:
@@ -277,65 +343,23 @@ def _resume(
     checkpoint = read_checkpoint(path)
     state, groups = checkpoint.state, dict(checkpoint.groups)
     with damage_in(path):
-        if teacher is not None and state["teacher_digest"] != teacher.digest:
+        if request.teacher is not None and state["teacher_digest"] != request.teacher.digest:
             raise UsageError("the teacher is not the one this run started with: its weights have changed")
-        student.load_state_dict(groups["student"])
-        previous = None
-        if "previous" in groups:
-            previous = copy.deepcopy(student)
-            previous.load_state_dict(groups.pop("previous"))
-            freeze(previous.to(device))
-        return _Position(state["stage"], state["done"], state["seconds"], groups, previous, dict(state["finished"]))
-
-
-def _export(
-    config: RunConfig,
-    run: RunDirectory,
-    data: Dataset,
-    teacher: Teacher | None,
-    student: nn.Module,
-    exported: dict[int, Tensors],
-    steps: int,
-    seconds: float,
-) -> None:
-    """Write ``model/``: the averaged weights of every stage that is worth keeping, ready to load."""
-    is_teacher = config.objective.kind == "flow_matching"
-    files = {serves: f"model-steps-{serves}.safetensors" for serves in exported}
-    files[min(exported)] = "model.safetensors"
-    entries: dict[str, dict[str, Any]] = {}
-    for serves, file in sorted(files.items()):
-        entries[str(serves)] = {"weights": file}
-        if serves:
-            entries[str(serves)]["times"] = [1 - k / serves for k in range(serves + 1)]
-    sampler: dict[str, Any] = {"sampler": _RULES[config.student.kind], "steps": entries}
-    if is_teacher:
-        sampler["solver"] = "euler"
-    network = config.student.network or (teacher.network if teacher is not None else None)
-    assert network is not None
-    card = {
-        "fewstep": fewstep.__version__,
-        "commit": commit(),
-        "name": config.name,
-        "role": "teacher" if is_teacher else "student",
-        "objective": config.objective.kind,
-        "student": config.student.kind,
-        "network": network.model_dump(mode="json"),
-        "two_times": config.student.kind != "velocity",
-        "params": parameter_count(student),
-        "data": {"name": data.name, "shape": list(data.shape), "num_classes": data.num_classes, "kind": data.kind},
-        "convention": "t=0 data, t=1 noise, v=e-x",
-        "guidance": 1.0 if teacher is None else teacher.guidance,
-        "teacher": None if teacher is None else teacher.name,
-        "teacher_digest": None if teacher is None else teacher.digest,
-        "ema": config.train.ema[0],
-        "config_digest": digest(config_yaml(config).encode()),
-        "train": {"steps": steps, "samples": steps * config.train.batch_size, "seconds": round(seconds, 3)},
-    }
-    weights = {file: exported[serves] for serves, file in files.items()}
-    write_model(run.model, card, sampler, weights, model_readme(card, sampler))
-
-
-_RULES = {"velocity": "ode", "average_velocity": "jumps", "consistency": "renoise"}
+        for weights in (groups["student"], groups.get("previous")):
+            if weights is not None:
+                _with_weights(request.student, weights)
+        for stage in request.stages:  # now, and not after hours of the last stage
+            if str(stage.serves) in state["finished"]:
+                read_tensors(_stage_file(run, stage), state["finished"][str(stage.serves)])
+        return _Position(
+            stage=state["stage"],
+            done=state["done"],
+            seconds=state["seconds"],
+            start=groups,
+            previous=groups.pop("previous", None),
+            finished=dict(state["finished"]),
+            window=state["window"],
+        )
 
 
 def _stage_file(run: RunDirectory, stage: Stage) -> Path:
@@ -350,8 +374,16 @@ def _agreed(accelerator: Accelerator, stop: bool) -> bool:
     return bool(accelerator.reduce(asked, "sum") > 0)
 
 
-def _status(
-    accelerator: Accelerator, run: RunDirectory, state: str, step: int, message: str = "", code: int | None = None
-) -> None:
-    if accelerator.is_main_process:
-        run.write_status(state, step=step, message=message, exit_code=code)
+def _fault(accelerator: Accelerator, run: RunDirectory, state: str, step: int, message: str, code: int) -> str | None:
+    """Record how the run ended. Any process may fail alone, and the others then fail because of it: the first to record
+    a failure is believed, and what it said is returned to the others."""
+    if accelerator.num_processes > 1:
+        status = read_json(run.path / "status.json")
+        if status.get("state") == "failed":
+            return str(status.get("message"))
+        if not accelerator.is_main_process:
+            if state == "interrupted":
+                return None
+            message = f"process {accelerator.process_index}: {message}"
+    run.write_status(state, step=step, message=message, exit_code=code)
+    return None

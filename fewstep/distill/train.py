@@ -1,66 +1,79 @@
-"""The training loop: a generator of typed states. accelerate lives here and nowhere else.
+"""The training loop: a generator of typed states. accelerate lives in this package and nowhere else.
 
 ``train`` knows nothing of methods, files or terminals. What is prepared for distributed training is the objective, so
 that whatever it does inside ``forward`` (a Jacobian-vector product, a target) is synchronised.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fewstep.checkpoint import Tensors
-from fewstep.data.dataset import BatchSource
+from fewstep.data.dataset import Batch, BatchSource
+from fewstep.distill.compiled import compile_objective
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.ema import EMA
-from fewstep.distill.objective import Objective
+from fewstep.distill.metrics import Sums, sums_of
+from fewstep.distill.objective import LossOutput, Objective
+from fewstep.distill.optimise import build_optimizer, learning_rate
+from fewstep.distill.shards import full, shard, shard_like
 from fewstep.errors import FewstepError
 from fewstep.keys import Key
+
+CHECKED_STEPS = 3
+"""First steps after which the processes compare their gradient norms."""
 
 
 @dataclass(frozen=True)
 class TrainState:
     """What ``train`` yields after an optimiser step.
 
-    ``step`` counts finished steps of this call, ``metrics`` are scalars on the device, ``seconds`` is the time spent in
-    this call. ``snapshot()`` gives every tensor a restart needs, by group.
+    ``step`` counts finished steps of this call, ``sums`` are the step's metrics over all processes, on the device,
+    ``seconds`` is the time spent in this call. ``snapshot(keep)`` gives every tensor a restart needs, whole, by group;
+    under FSDP2 all processes call it, and those with ``keep=False`` get nothing.
     """
 
     step: int
-    metrics: dict[str, Tensor]
+    sums: Sums
     lr: float
     seconds: float
     student: nn.Module
     emas: tuple[EMA, ...]
-    snapshot: Callable[[], dict[str, Tensors]]
+    snapshot: Callable[[bool], dict[str, Tensors]]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of this step. Reads the device."""
+        return float(self.sums.value[0, 0] / self.sums.value[1, 0])
 
 
 class NonFiniteError(FewstepError):
-    """A loss or gradient became infinite or NaN. Nothing is replaced by zero: the run stops."""
+    """A loss or gradient became infinite or NaN. Nothing is replaced by zero: the run stops.
+
+    ``samples`` says whether single samples were at fault, and not the training as a whole.
+    """
+
+    def __init__(self, message: str, *, samples: bool = False) -> None:
+        super().__init__(message)
+        self.samples = samples
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+class UnsynchronisedError(FewstepError):
+    """Processes that should share every gradient computed different ones."""
+
+
+def make_accelerator() -> Accelerator:
     """One process or one of several (torchrun, accelerate launch); a GPU where there is one."""
-    return Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="no" if config.precision == "fp32" else config.precision
-    )
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, then the schedule over what remains."""
-    warmup = min(config.warmup_steps, steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if config.lr_schedule == "linear":
-        return config.lr * (1 - progress)
-    if config.lr_schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * progress)) / 2
-    return config.lr
+    return Accelerator(cpu=not torch.cuda.is_available())
 
 
 def train(
@@ -79,51 +92,59 @@ def train(
 
     ``first_step`` offsets the keys of the random draws and of the batches (later stages go on where earlier ones
     ended). ``start`` with ``done`` continues from a snapshot taken after ``done`` steps, with the same bits as a run
-    that was never interrupted.
+    that was never interrupted. Under FSDP2 the student is sharded in place and stays so.
 
-    Raises ``NonFiniteError`` before a non-finite gradient reaches the weights.
+    Raises ``NonFiniteError`` before a non-finite gradient reaches the weights, and ``UnsynchronisedError`` if the
+    processes do not share their gradients.
     """
-    objective.to(accelerator.device)
-    student = objective.student
-    emas = tuple(EMA(student, decay) for decay in config.ema)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
     if start is not None:
-        _restore(start, done, objective, emas, optimizer)
-    prepared, prepared_optimizer = accelerator.prepare(objective, optimizer)
+        objective.student.load_state_dict(start["student"])
+        objective.load_extra_state(start.get("objective", {}))
+    objective.to(accelerator.device)
+    if config.compile:
+        compile_objective(objective, source.batch(first_step + done))
+    prepared = _distribute(objective, config, accelerator)
+    student = objective.student
+    parameters = list(student.parameters())
+    emas = tuple(EMA(student, average) for average in config.ema)
+    optimizer = build_optimizer(parameters, config)
+    if start is not None:
+        _restore(start, done, emas, optimizer, parameters)
 
-    def snapshot() -> dict[str, Tensors]:
-        groups = {"student": dict(student.state_dict()), "optimizer": _optimizer_tensors(optimizer)}
-        groups |= {f"ema-{ema.decay:g}": ema.state() for ema in emas}
+    def snapshot(keep: bool = True) -> dict[str, Tensors]:
+        groups = {"student": student.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
+        groups = {group: {name: full(value) for name, value in tensors.items()} for group, tensors in groups.items()}
+        groups |= {f"ema-{ema.name}": ema.state() for ema in emas}
         if extra := objective.extra_state():
             groups["objective"] = extra
-        return groups
+        return groups if keep else {}
 
-    parameters = list(student.parameters())
     began = time.perf_counter()
     for step in range(done, steps):
         lr = learning_rate(config, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        key = Key(seed, first_step + step)
         batch = source.batch(first_step + step)
-        output = prepared(batch, Key(seed, first_step + step))
-        loss = output.per_sample_B.mean()
-        accelerator.backward(loss)
-        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-        # One read of the device per step, shared by the loss (a non-finite loss has non-finite gradients).
-        if not math.isfinite(float(norm)):
-            raise NonFiniteError(
-                f"the gradient is not finite at step {first_step + step + 1} (loss {float(loss.detach()):g})"
-            )
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
+        outputs = _backward(prepared, batch, key, config, accelerator)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        sums = _over_processes(sums_of(outputs, full(norm)), accelerator)
+        # One read of the device per step, shared by the loss and the norm.
+        if not bool(sums.value[0].isfinite().all()):
+            raise _non_finite(sums, outputs, batch, key, accelerator)
+        if step - done < CHECKED_STEPS:
+            _check_synchronised(full(norm), accelerator)
+        if config.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+        optimizer.step()
+        optimizer.zero_grad()
         objective.after_step()
         for ema in emas:
             ema.update()
         yield TrainState(
             step=step + 1,
-            metrics={"loss": loss.detach(), "grad_norm": norm.detach(), **output.metrics},
+            sums=sums,
             lr=lr,
             seconds=time.perf_counter() - began,
             student=student,
@@ -133,6 +154,77 @@ def train(
     accelerator.free_memory()
 
 
+def _distribute(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
+    """The objective as every process calls it: itself, wrapped by DDP, or sharded with its target networks."""
+    if config.parallel == "fsdp2" and accelerator.num_processes > 1:
+        for target in objective.targets():
+            shard(target)
+        shard(objective)
+        return objective
+    return accelerator.prepare(objective)
+
+
+def _backward(
+    prepared: nn.Module, batch: Batch, key: Key, config: TrainConfig, accelerator: Accelerator
+) -> list[LossOutput]:
+    """Losses of the microbatches; gradients of their mean, summed over processes after the last one alone."""
+    parts = batch.split(config.gradient_accumulation_steps)
+    outputs = []
+    for number, part in enumerate(parts, start=1):
+        with _synchronised(prepared, accelerator, number == len(parts)):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                output: LossOutput = prepared(part, key)
+            accelerator.backward(output.per_sample_B.mean() / len(parts))
+        outputs.append(output)
+    return outputs
+
+
+def _synchronised(prepared: nn.Module, accelerator: Accelerator, yes: bool) -> contextlib.AbstractContextManager[Any]:
+    """The context of a backward pass that shares its gradients, or only adds to what this process holds."""
+    if isinstance(prepared, FSDPModule):
+        prepared.set_requires_gradient_sync(yes)
+        return contextlib.nullcontext()
+    return contextlib.nullcontext() if yes else accelerator.no_sync(prepared)
+
+
+def _over_processes(sums: Sums, accelerator: Accelerator) -> Sums:
+    if accelerator.num_processes == 1:
+        return sums
+    return Sums(sums.names, accelerator.reduce(sums.value, "sum"))
+
+
+def _check_synchronised(norm: Tensor, accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1:
+        return
+    norms = accelerator.gather(norm.reshape(1))
+    if float(norms.max() - norms.min()) > 1e-5 * float(norms.max()):
+        listed = ", ".join(f"{value:.6g}" for value in norms.tolist())
+        raise UnsynchronisedError(
+            f"the processes have different gradients (norms {listed}): some part of the loss is computed outside the "
+            "prepared objective, where nothing sums gradients over processes"
+        )
+
+
+def _non_finite(
+    sums: Sums, outputs: list[LossOutput], batch: Batch, key: Key, accelerator: Accelerator
+) -> NonFiniteError:
+    """What is known of a step that failed: loss or gradient, the keys of its draws, the samples at fault."""
+    means = sums.means()
+    per_sample = torch.cat([output.per_sample_B.detach() for output in outputs])
+    row = batch.index if batch.row is None else batch.row
+    rows = sorted(gather_object(row[~per_sample.isfinite()].tolist()))
+    keys = f"draws and batch keyed by seed {key.seed}, step {key.step}"
+    if rows:
+        count = int(sums.value[1, 0])
+        message = f"the loss is not finite at step {key.step + 1}, for {len(rows)} of {count} samples"
+        if len(rows) > count / 2:  # the training, not the data
+            return NonFiniteError(f"{message} ({keys})")
+        named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        return NonFiniteError(f"{message}: rows {named} of the data ({keys})", samples=True)
+    what = "gradient" if math.isfinite(float(means["loss"])) else "loss"  # type: ignore[arg-type]
+    return NonFiniteError(f"the {what} is not finite at step {key.step + 1} (loss {means['loss']:.4g}; {keys})")
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """Adam's state as flat tensors ``"<parameter>.<name>"``."""
     state = optimizer.state_dict()["state"]
@@ -140,15 +232,18 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def _restore(
-    groups: dict[str, Tensors], done: int, objective: Objective, emas: tuple[EMA, ...], optimizer: torch.optim.Optimizer
+    groups: dict[str, Tensors],
+    done: int,
+    emas: tuple[EMA, ...],
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
 ) -> None:
-    objective.student.load_state_dict(groups["student"])
-    objective.load_extra_state(groups.get("objective", {}))
     for ema in emas:
-        ema.net.load_state_dict(groups[f"ema-{ema.decay:g}"])
-        ema.updates = done
+        ema.load(groups[f"ema-{ema.name}"], done)
     entries: dict[int, Tensors] = {}
     for name, value in groups["optimizer"].items():
-        parameter, _, entry = name.partition(".")
-        entries.setdefault(int(parameter), {})[entry] = value
+        number, _, entry = name.partition(".")
+        like = parameters[int(number)]
+        # Moments have their parameter's shape and are sharded with it; the step count is a plain scalar.
+        entries.setdefault(int(number), {})[entry] = shard_like(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

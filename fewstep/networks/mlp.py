@@ -33,9 +33,10 @@ class MLP(nn.Module):
     """``net(x, t, r, label) -> [B, *D]`` with the condition ``emb(t) + emb(t - r) + emb(label)``.
 
     A network of one time has no ``emb(t - r)`` and ignores ``r``. The second time enters additively through an
-    embedding of ``t - r`` whose last layer starts at zero: a network
-    that has just copied a teacher's weights returns the teacher's velocity for every ``r``, to the bit. Label
-    ``num_classes`` is the null label; ``label = None`` means null.
+    embedding of ``t - r`` whose last layer starts at zero: a network that has just copied a teacher's weights returns
+    the teacher's velocity for every ``r``, to the bit. Label
+    ``num_classes`` is the null label; ``label = None`` means null. The output has the
+    precision of ``x``.
     """
 
     def __init__(self, dim: int, config: MLPConfig, num_classes: int, *, two_times: bool) -> None:
@@ -62,8 +63,8 @@ class MLP(nn.Module):
             if label_B is None:
                 label_B = torch.full((len(x),), self.num_classes, device=x.device)
             condition = condition + self.embed_label(label_B)
-        condition = nn.functional.silu(condition)
-        h = self.enter(x.flatten(1))
+        h = self.enter(x.flatten(1).to(self.enter.weight.dtype))
+        condition = nn.functional.silu(condition).to(h.dtype)
         for block in self.blocks:
             h = block(h, condition)
-        return self.leave(self.norm(h)).reshape(x.shape)
+        return self.leave(self.norm(h)).to(x.dtype).reshape(x.shape)

@@ -23,7 +23,7 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         f"- convention: {card['convention']}",
         f"- guidance: {'none' if guidance == 1 else f'{guidance:g}, built in: do not guide again'}",
         f"- teacher: {card['teacher'] or 'none'}",
-        f"- weights: exponential moving average of decay {card['ema']:g}; {card['params']:,} parameters",
+        f"- weights: exponential moving average ({card['ema']}); {card['params']:,} parameters",
         f"- training: {card['train']['steps']:,} steps, {card['train']['samples']:,} samples",
         "",
         "```",

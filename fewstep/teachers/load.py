@@ -1,5 +1,6 @@
 """From a teacher config to a frozen velocity field."""
 
+import copy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fewstep.files import digest
 from fewstep.flow import VelocityField
 from fewstep.networks.build import network_from_card
 from fewstep.networks.config import NetworkConfig
+from fewstep.networks.embeddings import to_bfloat16
 from fewstep.teachers.analytic import MixtureTeacher
 from fewstep.teachers.config import AnalyticTeacher, RunTeacher, TeacherConfig
 from fewstep.teachers.guided import guided
@@ -74,13 +76,17 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
     with damage_in(exported.folder):
         network, net = network_from_card(card)
         net.load_state_dict(exported.weights())
-    net = freeze(net.to(device))
+    net = freeze(net)
+    if config.precision == "bf16":  # a copy: students start from the weights as they were trained
+        evaluated = to_bfloat16(copy.deepcopy(net)).to(device)
+    else:
+        evaluated = net.to(device)
     classes = data.num_classes
     if config.guidance != 1 and not classes:
         raise UsageError(
             f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes"
         )
-    field = guided(NetworkField(net), config.guidance, classes or None)
+    field = guided(NetworkField(evaluated), config.guidance, classes or None)
     params = sum(parameter.numel() for parameter in net.parameters())
     return Teacher(str(card["name"]), field, net, network, config.guidance, exported.digest(), params)
 

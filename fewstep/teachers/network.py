@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,7 +17,9 @@ class NetworkField:
     nfe: int = 1
 
     def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
-        return self.net(x, t_B, t_B, label_B)
+        # A teacher has the precision of its weights, whatever a student is trained in.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.net(x, t_B, t_B, label_B)
 
 
 def freeze(net: nn.Module) -> nn.Module:

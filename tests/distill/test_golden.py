@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def losses(name: str) -> list[float]:
-    return [float(state.metrics["loss"]) for state in tiny.run(tiny.OBJECTIVES[name](), STEPS)]
+    return [state.loss for state in tiny.run(tiny.OBJECTIVES[name](), STEPS)]
 
 
 def as_text(values: list[float]) -> str:

@@ -14,6 +14,7 @@ from fewstep.data.dataset import Batch
 from fewstep.data.toys import MIXTURE_1D, MixtureSpec
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.meanflow import MeanFlow
+from fewstep.distill.objective import LossOutput
 from fewstep.flow import VelocityField
 from fewstep.keys import Key
 from fewstep.networks.build import build_network
@@ -327,7 +328,7 @@ def test_adaptive_weight(power: float) -> None:
     pairs = zip(gradients(output.per_sample_B.mean(), net), gradients((weight * square).mean(), net), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    assert float(output.metrics["residual"]) == pytest.approx(float(plain.detach().mean()), rel=1e-12)
+    assert float(output.residual_B.mean()) == pytest.approx(float(plain.detach().mean()), rel=1e-12)
 
 
 def test_weight_by_hand() -> None:
@@ -344,35 +345,39 @@ def test_weight_by_hand() -> None:
         torch.testing.assert_close(objective.forward(batch, KEY).per_sample_B, wanted, rtol=1e-12, atol=0)
 
 
-def shares(fraction: float) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-    """Times, diagnostics and losses of a network at a jump fraction, in the objective's order of rows."""
+def shares(fraction: float) -> tuple[Tensor, Tensor, LossOutput]:
+    """Times and losses of a network at a jump fraction, in the objective's order of rows."""
     net = random_network()
     seen: list[tuple[Tensor, ...]] = []
     net.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     output = meanflow(net, None, jump_fraction=fraction).forward(random_batch(64), KEY)
-    return seen[-1][1], seen[-1][2], output.metrics, output.per_sample_B.detach()
+    return seen[-1][1], seen[-1][2], output
 
 
 def test_jump_fraction_zero_and_one() -> None:
-    """No row jumps, or every row may; a diagnostic without rows is left out instead of being NaN."""
-    t, r, metrics, loss = shares(0.0)
+    """No row jumps, or every row may; a diagnostic is NaN where it does not apply."""
+    t, r, output = shares(0.0)
     assert torch.equal(t, r)
-    assert set(metrics) == {"residual", "diagonal_residual"}
-    assert float(metrics["diagonal_residual"]) == pytest.approx(float(loss.mean()), rel=1e-12)
-    t, r, metrics, loss = shares(1.0)
+    assert torch.equal(output.diagnostics["diagonal_residual"], output.per_sample_B.detach())
+    assert output.diagnostics["jvp_norm"].isnan().all()
+    t, r, output = shares(1.0)
     assert (r <= t).all()
     assert int((r < t).sum()) >= 62
-    assert set(metrics) == {"residual", "du_dt_norm"}
-    assert float(metrics["residual"]) == pytest.approx(float(loss.mean()), rel=1e-12)
+    assert output.diagnostics["diagonal_residual"].isnan().all()
+    assert torch.equal(output.residual_B, output.per_sample_B.detach())
 
 
 def test_diagnostics_between() -> None:
     """Of 64 rows at fraction 1/4 the first 48 lie on the diagonal."""
-    t, r, metrics, loss = shares(0.25)
+    t, r, output = shares(0.25)
+    assert torch.equal(output.t_B, t)
     assert torch.equal(t[:48], r[:48])
     assert (r[48:] < t[48:]).sum() >= 15
-    assert float(metrics["diagonal_residual"]) == pytest.approx(float(loss[:48].mean()), rel=1e-12)
-    assert all(math.isfinite(float(value)) for value in metrics.values())
+    on_diagonal, jvp_norm = output.diagnostics["diagonal_residual"], output.diagnostics["jvp_norm"]
+    assert torch.equal(on_diagonal[:48], output.residual_B[:48])
+    assert on_diagonal[48:].isnan().all()
+    assert jvp_norm[:48].isnan().all()
+    assert (jvp_norm[48:] > 0).all()
 
 
 def test_jumps_are_sorted_pairs_of_independent_times() -> None:

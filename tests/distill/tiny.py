@@ -1,16 +1,9 @@
-"""Tiny training runs on the shipped digits, shared by the tests of the trainer and of the golden losses.
+"""Tiny training runs on the shipped digits, shared by the tests of the trainer and of the golden losses."""
 
-Also a script: ``torchrun tests/distill/tiny.py FILE`` trains MeanFlow for three steps on however many processes it
-finds itself one of, and the first writes the weights to FILE.
-"""
-
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import nn
 
 from fewstep.checkpoint import Tensors
@@ -111,7 +104,7 @@ def run(
     done: int = 0,
     accelerator: Accelerator | None = None,
 ) -> Iterator[TrainState]:
-    accelerator = accelerator or make_accelerator(config)
+    accelerator = accelerator or make_accelerator()
     source = BatchSource(
         digits(),
         config.batch_size,
@@ -123,20 +116,3 @@ def run(
     return train(
         objective, source, config, accelerator, seed=SEED, steps=steps, first_step=first_step, start=start, done=done
     )
-
-
-def main(file: Path) -> None:
-    torch.set_num_threads(1)
-    objective = meanflow()
-    accelerator = make_accelerator(CONFIG)
-    losses = [
-        float(accelerator.gather(state.metrics["loss"]).mean()) for state in run(objective, 3, accelerator=accelerator)
-    ]
-    if accelerator.is_main_process:
-        tensors = {"world": torch.tensor(accelerator.num_processes), "losses": torch.tensor(losses)}
-        save_file(tensors | {f"student.{k}": v for k, v in objective.student.state_dict().items()}, file)
-    accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,0 +1,354 @@
+"""What fewstep's training loop costs beside the loop one would write by hand: same network, objective and batches."""
+
+import copy
+import datetime
+import functools
+import itertools
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from fewstep.checkpoint import RunDirectory
+from fewstep.config import RunConfig
+from fewstep.data.dataset import Batch, BatchSource, Dataset
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.metrics import sums_of
+from fewstep.distill.objective import Objective
+from fewstep.distill.run import check_training
+from fewstep.distill.train import TrainState, make_accelerator, train
+from fewstep.environment import describe_environment
+from fewstep.errors import UsageError
+from fewstep.keys import Key
+from fewstep.networks.build import parameter_count
+
+WARM_UP_STEPS = 10
+MAX_BATCH = 2**20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one thing costs per step, in milliseconds and in percent of a bare step."""
+
+    name: str
+    ms: float
+    percent: float
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Both loops side by side. Overheads are percent of the bare loop, over ``pairs`` of segments of ``segment`` steps.
+
+    ``cpu_overhead`` compares processor time instead of wall time: other work on the machine hardly moves it. ``costs``
+    add up to the overhead: each was measured apart, except for the last, the rest. That one is negative where things
+    help each other, as the gradient norm does by leaving the gradients in the processor's cache. ``keyed_noise`` is
+    what addressed random numbers cost beyond ``torch.randn``: a part of the objective, so of both loops and of no
+    overhead.
+    """
+
+    recipe: str
+    device: str
+    threads: int
+    params: int
+    batch_size: int
+    pairs: int
+    segment: int
+    bare_ms: float
+    fewstep_ms: float
+    bare_samples_per_s: float
+    samples_per_s: float
+    overhead: Spread
+    cpu_overhead: Spread
+    costs: tuple[Cost, ...]
+    keyed_noise: Cost
+
+    def to_json(self) -> dict[str, Any]:
+        """With where and when it was measured: a row of the ledger."""
+        today = datetime.date.today().isoformat()
+        return {"date": today, "bench": "train", **asdict(self), "environment": describe_environment()}
+
+
+def bench_training(
+    config: RunConfig,
+    *,
+    step_ms: float,
+    pairs: int,
+    segment: int = 10,
+    threads: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> TrainBench:
+    """Measure ``train`` against a bare loop at the batch size that makes a bare step take ``step_ms``.
+
+    Short segments of the two take turns, first one ahead and then the other, so that whatever else the machine does
+    meets both. Of a method with several stages the first is measured.
+    """
+    _check_comparable(config.train)
+    accelerator = make_accelerator()
+    device = accelerator.device
+    with tempfile.TemporaryDirectory() as folder:  # nothing is written there
+        run = RunDirectory(Path(folder) / config.name)
+        request = check_training(config, run, device, processes=1, resume=False, overwrite=False)
+    data, stage = request.data, request.stages[0]
+
+    def objective() -> Objective:
+        return stage.build(copy.deepcopy(request.student), None).to(device)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or config.train.threads or before)
+
+        def bare_step_ms(batch_size: int) -> float:
+            by_hand = BatchesByHand(data, batch_size, config.seed, device)
+            by_hand.draw(0, WARM_UP_STEPS)
+            steps = bare_training(objective(), by_hand.batch, config.train, seed=config.seed)
+            taken = [_segment(steps, 1, device).wall for _ in range(WARM_UP_STEPS)]
+            return 1e3 * statistics.median(taken[WARM_UP_STEPS // 2 :])
+
+        batch_size = fitting_batch_size(bare_step_ms, step_ms, config.train.batch_size)
+        settings = config.train.model_copy(update={"batch_size": batch_size})
+        source = BatchSource(data, batch_size, config.seed, device=device)
+        by_hand = BatchesByHand(data, batch_size, config.seed, device)
+        steps = WARM_UP_STEPS + pairs * segment
+        bare_objective, own_objective = objective(), objective()
+        bare = bare_training(bare_objective, by_hand.batch, settings, seed=config.seed)
+        # One step more than are taken: the generator stays alive, and its averages with it.
+        own = train(own_objective, source, settings, accelerator, seed=config.seed, steps=steps + 1)
+        by_hand.draw(0, WARM_UP_STEPS)
+        _segment(bare, WARM_UP_STEPS, device)
+        _segment(own, WARM_UP_STEPS, device)
+        times: list[tuple[_Time, _Time]] = []
+        for pair in range(pairs):
+            by_hand.draw(WARM_UP_STEPS + pair * segment, segment)
+            if pair % 2 == 0:
+                a = _segment(bare, segment, device)
+                b = _segment(own, segment, device)
+            else:
+                b = _segment(own, segment, device)
+                a = _segment(bare, segment, device)
+            times.append((a, b))
+            report(pair + 1, pairs)
+        bare_ms = 1e3 * statistics.median(a.wall for a, _ in times) / segment
+        overhead = spread([100 * (b.wall / a.wall - 1) for a, b in times])
+        last = next(own)
+        parts, keyed_ms = _parts(own_objective, last, source, by_hand, settings, config.seed, device)
+        parts["the rest"] = bare_ms * overhead.median / 100 - sum(parts.values())
+        return TrainBench(
+            recipe=config.name,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            threads=torch.get_num_threads(),
+            params=parameter_count(request.student),
+            batch_size=batch_size,
+            pairs=pairs,
+            segment=segment,
+            bare_ms=bare_ms,
+            fewstep_ms=1e3 * statistics.median(b.wall for _, b in times) / segment,
+            bare_samples_per_s=statistics.median(batch_size * segment / a.wall for a, _ in times),
+            samples_per_s=statistics.median(batch_size * segment / b.wall for _, b in times),
+            overhead=overhead,
+            cpu_overhead=spread([100 * (b.cpu / a.cpu - 1) for a, b in times]),
+            costs=tuple(Cost(name, ms, 100 * ms / bare_ms) for name, ms in parts.items()),
+            keyed_noise=Cost("keyed noise, beyond torch.randn", keyed_ms, 100 * keyed_ms / bare_ms),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def bare_training(
+    objective: Objective, batch: Callable[[int], Batch], config: TrainConfig, *, seed: int
+) -> Iterator[Tensor]:
+    """The loop one would write by hand, at a constant rate, for ever; yields the loss after each step."""
+    optimizer = torch.optim.AdamW(
+        objective.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    for step in itertools.count():
+        loss = objective(batch(step), Key(seed, step)).per_sample_B.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step()
+        yield loss
+
+
+class BatchesByHand:
+    """The batches of a ``BatchSource`` by plain indexing, with rows that were drawn beforehand."""
+
+    def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device) -> None:
+        self._x = data.x.to(device)
+        self._label = None if data.label is None else data.label.to(device)
+        self._index = torch.arange(batch_size, device=device)
+        self._source = BatchSource(data, batch_size, seed, device=device)
+        self._rows: dict[int, Tensor] = {}
+
+    def draw(self, first: int, count: int) -> None:
+        """Draw the rows of ``count`` steps and forget all others."""
+        self._rows = {}
+        for step in range(first, first + count):
+            row = self._source.batch(step).row
+            assert row is not None
+            self._rows[step] = row
+
+    def batch(self, step: int) -> Batch:
+        row = self._rows[step]
+        return Batch(self._x[row], None if self._label is None else self._label[row], self._index, row)
+
+
+def fitting_batch_size(measure: Callable[[int], float], step_ms: float, batch_size: int) -> int:
+    """The batch size, searched from ``batch_size`` on, whose ``measure`` in milliseconds is about ``step_ms``.
+
+    Within a tenth, or as near as a few tries come.
+    """
+    for _ in range(6):
+        ms = measure(batch_size)
+        if abs(ms / step_ms - 1) < 0.1:
+            break
+        # Times grow more slowly than batches: from above this overshoots, hence the bound on one try.
+        wanted = batch_size * min(8.0, max(1 / 8, step_ms / ms))
+        following = min(MAX_BATCH, 8 * round(wanted / 8) if wanted >= 64 else max(1, round(wanted)))
+        if following == batch_size:
+            break
+        batch_size = following
+    return batch_size
+
+
+def spread(values: list[float]) -> Spread:
+    """Median and quartiles of one value or more."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def bench_title(bench: TrainBench) -> str:
+    """For people: what was measured."""
+    size = f"{bench.params:,} parameters, batch {bench.batch_size}"
+    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
+    return f"{bench.recipe}: {size}, {where}; {bench.pairs} pairs of {bench.segment} steps"
+
+
+def bench_table(bench: TrainBench) -> Table:
+    """For people: the two loops, what lies between them, and where it goes."""
+    table = Table()
+    for head in ("", "ms/step", "% of bare", "quartiles", "samples/s"):
+        table.add_column(head, justify="left" if head == "" else "right")
+    wall, cpu = bench.overhead, bench.cpu_overhead
+    table.add_row("bare PyTorch", f"{bench.bare_ms:.3f}", "", "", f"{bench.bare_samples_per_s:,.0f}")
+    table.add_row("fewstep", f"{bench.fewstep_ms:.3f}", "", "", f"{bench.samples_per_s:,.0f}", end_section=True)
+    for name, found in (("overhead", wall), ("overhead, processor time", cpu)):
+        table.add_row(name, "", f"{found.median:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", "")
+    table.add_section()
+    for cost in bench.costs:
+        table.add_row(cost.name, f"{cost.ms:.3f}", f"{cost.percent:+.2f}", "", "")
+    table.add_section()
+    keyed = bench.keyed_noise
+    table.add_row(f"(in both: {keyed.name})", f"{keyed.ms:.3f}", f"{keyed.percent:+.2f}", "", "")
+    return table
+
+
+def append_row(path: Path, bench: TrainBench) -> None:
+    """Append to a ledger: one JSON object per line."""
+    with path.open("a") as file:
+        file.write(json.dumps(bench.to_json(), allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class _Time:
+    wall: float
+    cpu: float
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _segment(steps: Iterator[object], count: int, device: torch.device) -> _Time:
+    """Wall and processor time of ``count`` steps, in seconds."""
+    _synchronise(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in itertools.islice(steps, count):
+        pass
+    _synchronise(device)
+    return _Time(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _parts(
+    objective: Objective,
+    state: TrainState,
+    source: BatchSource,
+    by_hand: BatchesByHand,
+    config: TrainConfig,
+    seed: int,
+    device: torch.device,
+    repeats: int = 30,
+) -> tuple[dict[str, float], float]:
+    """Milliseconds of what ``train`` does in a step and the bare loop does not, thing by thing; and of keyed noise.
+
+    Between them lies a forward and a backward pass, as in training: in a tight loop the weights would be at hand in the
+    processor's cache and everything would look cheaper than it is.
+    """
+    parameters = list(objective.student.parameters())
+    taken: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        _synchronise(device)
+        began = time.perf_counter()
+        result = work()
+        _synchronise(device)
+        taken[name].append(1e3 * (time.perf_counter() - began))
+        return result
+
+    def average() -> None:
+        for ema in state.emas:
+            ema.update()
+
+    by_hand.draw(state.step, repeats)
+    for step in range(state.step, state.step + repeats):
+        batch = timed("own", functools.partial(source.batch, step))
+        timed("hand", functools.partial(by_hand.batch, step))
+        key, shape = Key(seed, step), batch.x.shape
+        timed("keyed", functools.partial(key.normal, "noise", batch.index, tuple(shape[1:])))
+        timed("randn", functools.partial(torch.randn, shape, device=device))
+        output = objective(batch, key)
+        output.per_sample_B.mean().backward()
+        norm = timed("clip", lambda: nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+        sums = timed("metrics", functools.partial(sums_of, [output], norm))
+        timed("finite", lambda: bool(sums.value[0].isfinite().all()))  # noqa: B023 (called at once)
+        objective.zero_grad()
+        timed("average", average)
+    parts = {
+        "gradient norm and clipping": statistics.median(taken["clip"]),
+        "metrics": statistics.median(taken["metrics"]),
+        "finite check": statistics.median(taken["finite"]),
+        "weight averages": statistics.median(taken["average"]),
+        # Means: a new permutation falls into some of the steps alone.
+        "batch, beyond indexing": statistics.fmean(taken["own"]) - statistics.fmean(taken["hand"]),
+    }
+    return parts, statistics.median(taken["keyed"]) - statistics.median(taken["randn"])
+
+
+def _check_comparable(config: TrainConfig) -> None:
+    """The bare loop is plain float32 AdamW: what it does not do would count as overhead."""
+    plain = TrainConfig()
+    for name in ("precision", "compile", "parallel", "gradient_accumulation_steps", "optimizer"):
+        asked, usual = config.model_dump()[name], plain.model_dump()[name]
+        if asked != usual:
+            raise UsageError(f"the loop to compare with has train.{name}={usual}: leave out train.{name}={asked}")

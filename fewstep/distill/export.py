@@ -1,0 +1,65 @@
+"""What a finished training leaves: ``model/``, ready to load."""
+
+from typing import Any
+
+from torch import nn
+
+import fewstep
+from fewstep.checkpoint import RunDirectory, Tensors, write_model
+from fewstep.config import RunConfig, config_yaml
+from fewstep.data.dataset import Dataset
+from fewstep.environment import commit
+from fewstep.files import digest
+from fewstep.networks.build import parameter_count
+from fewstep.students.model_card import model_readme
+from fewstep.teachers.load import Teacher
+
+RULES = {"velocity": "ode", "average_velocity": "jumps", "consistency": "renoise"}
+"""How each kind of student is sampled."""
+
+
+def export(
+    config: RunConfig,
+    run: RunDirectory,
+    data: Dataset,
+    teacher: Teacher | None,
+    student: nn.Module,
+    exported: dict[int, Tensors],
+    steps: int,
+    seconds: float,
+) -> None:
+    """Write ``model/``: the averaged weights of every stage that is worth keeping, ready to load."""
+    is_teacher = config.objective.kind == "flow_matching"
+    files = {serves: f"model-steps-{serves}.safetensors" for serves in exported}
+    files[min(exported)] = "model.safetensors"
+    entries: dict[str, dict[str, Any]] = {}
+    for serves, file in sorted(files.items()):
+        entries[str(serves)] = {"weights": file}
+        if serves:
+            entries[str(serves)]["times"] = [1 - k / serves for k in range(serves + 1)]
+    sampler: dict[str, Any] = {"sampler": RULES[config.student.kind], "steps": entries}
+    if is_teacher:
+        sampler["solver"] = "euler"
+    network = config.student.network or (teacher.network if teacher is not None else None)
+    assert network is not None
+    card = {
+        "fewstep": fewstep.__version__,
+        "commit": commit(),
+        "name": config.name,
+        "role": "teacher" if is_teacher else "student",
+        "objective": config.objective.kind,
+        "student": config.student.kind,
+        "network": network.model_dump(mode="json"),
+        "two_times": config.student.kind != "velocity",
+        "params": parameter_count(student),
+        "data": {"name": data.name, "shape": list(data.shape), "num_classes": data.num_classes, "kind": data.kind},
+        "convention": "t=0 data, t=1 noise, v=e-x",
+        "guidance": 1.0 if teacher is None else teacher.guidance,
+        "teacher": None if teacher is None else teacher.name,
+        "teacher_digest": None if teacher is None else teacher.digest,
+        "ema": config.train.ema[0].name,
+        "config_digest": digest(config_yaml(config).encode()),
+        "train": {"steps": steps, "samples": steps * config.train.batch_size, "seconds": round(seconds, 3)},
+    }
+    weights = {file: exported[serves] for serves, file in files.items()}
+    write_model(run.model, card, sampler, weights, model_readme(card, sampler))

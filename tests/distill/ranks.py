@@ -1,0 +1,143 @@
+"""What one of several processes does for ``test_ranks.py``: ``torchrun tests/distill/ranks.py FILE``.
+
+Every task is a function of an accelerator that gives named tensors; the first process writes those of all to FILE.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fewstep.data.dataset import BatchSource
+from fewstep.data.load import digits
+from fewstep.distill import train as trainer
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.objective import Objective
+from fewstep.distill.shards import full, local
+from fewstep.distill.train import UnsynchronisedError, make_accelerator
+from fewstep.keys import Key
+
+STEPS = 20
+
+
+def settings(parallel: str = "ddp", **changes: object) -> TrainConfig:
+    return TrainConfig.model_validate({**tiny.CONFIG.model_dump(), "parallel": parallel, **changes})
+
+
+def gradients(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Gradients of one step as the optimiser would find them, whole."""
+    objective.to(accelerator.device)
+    prepared = trainer._distribute(objective, config, accelerator)
+    source = BatchSource(
+        digits(),
+        config.batch_size,
+        tiny.SEED,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    trainer._backward(prepared, source.batch(4), Key(tiny.SEED, 4), config, accelerator)
+    return {name: full(p.grad) for name, p in objective.student.named_parameters() if p.grad is not None}
+
+
+def trained(
+    objective: Objective, config: TrainConfig, accelerator: Accelerator, steps: int = STEPS
+) -> dict[str, Tensor]:
+    """Losses of some steps, and everything a checkpoint would hold after the last."""
+    losses = []
+    for state in tiny.run(objective, steps, config=config, accelerator=accelerator):
+        losses.append(state.loss)
+    groups = state.snapshot(True)
+    tensors = {f"{group}.{name}": value for group, tensors in groups.items() for name, value in tensors.items()}
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **tensors}
+
+
+class BareNetwork(Accelerator):
+    """Prepares the network inside the objective instead of the objective, and lets the objective call what it wraps:
+    what a Jacobian-vector product through ``ddp.module`` comes to."""
+
+    def prepare(self, objective: Objective) -> Objective:
+        wrapped: nn.Module = super().prepare(objective.student)
+        objective.student = wrapped.module
+        return objective
+
+
+def unsynchronised(accelerator: Accelerator) -> dict[str, Tensor]:
+    """The step and the words at which training with a bare network is caught."""
+    seen = 0
+    try:
+        for state in tiny.run(tiny.meanflow(), 5, accelerator=BareNetwork(cpu=True)):
+            seen = state.step
+    except UnsynchronisedError:
+        return {"caught_after": torch.tensor(seen)}
+    return {"caught_after": torch.tensor(-1)}
+
+
+def resumed(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Half of the steps, then the rest from a snapshot by a new student: as ``trained`` all at once, to the bit."""
+    groups = {}
+    for state in tiny.run(objective, STEPS, config=config, accelerator=accelerator):
+        if state.step == STEPS // 2:
+            groups = {
+                group: {name: value.clone() for name, value in tensors.items()}
+                for group, tensors in state.snapshot(True).items()
+            }
+            break
+    other = tiny.OBJECTIVES["consistency"]()
+    for parameter in other.student.parameters():
+        parameter.data.add_(1.0)
+    *_, state = tiny.run(other, STEPS, config=config, accelerator=accelerator, start=groups, done=STEPS // 2)
+    groups = state.snapshot(True)
+    return {f"{group}.{name}": value for group, tensors in groups.items() for name, value in tensors.items()}
+
+
+def shares(accelerator: Accelerator) -> dict[str, Tensor]:
+    """What this process holds of student, target, average and moments under FSDP2, as a share of the whole."""
+    objective = tiny.consistency()
+    *_, state = tiny.run(objective, 1, config=settings("fsdp2"), accelerator=accelerator)
+    whole = sum(parameter.numel() for parameter in tiny.student().parameters())
+    held = {
+        "student": [local(parameter) for parameter in objective.student.parameters()],
+        "target": [local(parameter) for parameter in objective.targets()[0].parameters()],
+        "average": state.emas[0]._shadows,
+    }
+    return {name: torch.tensor(sum(t.numel() for t in tensors) / whole) for name, tensors in held.items()}
+
+
+def tasks() -> dict[str, Callable[[Accelerator], dict[str, Tensor]]]:
+    found = {
+        "unsynchronised": unsynchronised,
+        "shares": shares,
+        "resumed consistency fsdp2": lambda a: resumed(tiny.consistency(), settings("fsdp2"), a),
+        "accumulated meanflow ddp": lambda a: trained(tiny.meanflow(), settings(gradient_accumulation_steps=4), a, 3),
+        "accumulated meanflow fsdp2": lambda a: trained(
+            tiny.meanflow(), settings("fsdp2", gradient_accumulation_steps=4), a, 3
+        ),
+    }
+    for name, build in tiny.OBJECTIVES.items():
+        for parallel in ("ddp", "fsdp2"):
+            config = settings(parallel)
+            found[f"gradients {name} {parallel}"] = lambda a, b=build, c=config: gradients(b(), c, a)
+            found[f"trained {name} {parallel}"] = lambda a, b=build, c=config: trained(b(), c, a)
+    return found
+
+
+def main(file: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = make_accelerator()
+    tensors = {}
+    for task, run in tasks().items():
+        tensors |= {f"{task}: {name}": value for name, value in run(accelerator).items()}
+    if accelerator.is_main_process:
+        tensors["world"] = torch.tensor(accelerator.num_processes)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""Two gloo processes against one, under DDP and under FSDP2: the same gradients, losses and checkpoints.
+
+The processes run ``ranks.py`` once for the whole file.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.distill.train import make_accelerator
+
+pytestmark = pytest.mark.slow
+PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What two processes found."""
+    file = tmp_path_factory.mktemp("ranks") / "found.safetensors"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, str(Path(ranks.__file__)), str(file)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(file)
+    assert int(found["world"]) == 2
+    return found
+
+
+def of(found: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    tensors = {name.removeprefix(f"{task}: "): value for name, value in found.items() if name.startswith(f"{task}: ")}
+    assert tensors
+    return tensors
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+@PARALLEL
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_gradients_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
+    """To 1e-6 relative to the whole gradient; of the network's Jacobian-vector product for MeanFlow. Measured: below
+    2e-7."""
+    one = ranks.gradients(tiny.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+    found = of(two, f"gradients {name} {parallel}")
+    assert found.keys() == one.keys()
+    assert len(one) > 10
+    difference = (flat(found) - flat(one)).norm() / flat(one).norm()
+    assert float(difference) < 1e-6
+
+
+@PARALLEL
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_twenty_steps_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
+    """Losses to 1e-5; weights, averages, moments and target networks as near as Adam leaves them."""
+    one = ranks.trained(tiny.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+    found = of(two, f"trained {name} {parallel}")
+    assert found.keys() == one.keys()
+    losses, wanted = found.pop("losses"), one.pop("losses")
+    assert len(losses) == ranks.STEPS
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=0)
+    for key, value in one.items():
+        assert found[key].shape == value.shape, key
+    assert float((flat(found) - flat(one)).norm() / flat(one).norm()) < 1e-5
+
+
+def test_every_process_holds_its_share(two: dict[str, Tensor]) -> None:
+    """A little over one half: a dimension that does not divide in two gives the first process more."""
+    for name, share in of(two, "shares").items():
+        assert 0.5 <= float(share) < 0.53, name
+
+
+def test_a_sharded_run_resumes_to_the_same_bits(two: dict[str, Tensor]) -> None:
+    whole = of(two, "trained consistency fsdp2")
+    whole.pop("losses")
+    again = of(two, "resumed consistency fsdp2")
+    assert again.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(again[name], value), name
+
+
+@PARALLEL
+def test_accumulated_gradients_on_two_processes(parallel: str, two: dict[str, Tensor]) -> None:
+    """Eight microbatches of four are one batch of 32."""
+    one = ranks.trained(tiny.meanflow(), ranks.settings(), make_accelerator(), 3)
+    found = of(two, f"accumulated meanflow {parallel}")
+    torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-5, atol=0)
+    assert float((flat(found) - flat(one)).norm() / flat(one).norm()) < 1e-5
+
+
+def test_gradients_of_a_bare_network_are_caught(two: dict[str, Tensor]) -> None:
+    """Wrapping the network instead of the objective trains every process by itself: noticed before the first step."""
+    assert int(of(two, "unsynchronised")["caught_after"]) == 0
