@@ -61,9 +61,10 @@ def main(steps: int = 3000, n: int = 5000) -> list[float]:
     source = BatchSource(data, config.batch_size, seed=0, device=accelerator.device)
     for state in train(objective, source, config, accelerator, seed=0, steps=steps):
         if state.step % 500 == 0:
-            print(f"step {state.step}: residual {float(state.metrics['residual']):.4f}")
+            print(f"step {state.step}: loss {state.loss:.4f}")
 
-    sampler = MapSampler({0: AverageVelocityMap(state.emas[0].net.eval())}, "jumps")
+    student.load_state_dict(state.emas[0].state())
+    sampler = MapSampler({0: AverageVelocityMap(student.eval())}, "jumps")
     params = parameter_count(student)
     candidates = [
         Candidate("mine", "teacher", "exact", OdeSampler(teacher), (1, 4, 64), 1.0, "by hand", 0),

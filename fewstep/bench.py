@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from fewstep.checkpoint import RunDirectory
 from fewstep.config import RunConfig
 from fewstep.data.dataset import Batch, BatchSource, Dataset
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.metrics import sums_of
-from fewstep.distill.objective import Objective
+from fewstep.distill.log import MetricsLog
+from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.run import check_training
 from fewstep.distill.train import TrainState, make_accelerator, train
 from fewstep.environment import describe_environment
@@ -58,7 +58,8 @@ class Cost:
 class TrainBench:
     """Both loops side by side. Overheads are percent of the bare loop, over ``pairs`` of segments of ``segment`` steps.
 
-    ``cpu_overhead`` compares processor time instead of wall time: other work on the machine hardly moves it. ``costs``
+    Lines of ``metrics.jsonl`` are part of it. ``cpu_overhead`` compares processor time instead of wall time: other work
+    on the machine hardly moves it. ``costs``
     add up to the overhead: each was measured apart, except for the last, the rest. That one is negative where things
     help each other, as the gradient norm does by leaving the gradients in the processor's cache. ``keyed_noise`` is
     what addressed random numbers cost beyond ``torch.randn``: a part of the objective, so of both loops and of no
@@ -147,9 +148,10 @@ def bench_training(
             times.append((a, b))
             report(pair + 1, pairs)
         bare_ms = 1e3 * statistics.median(a.wall for a, _ in times) / segment
-        overhead = spread([100 * (b.wall / a.wall - 1) for a, b in times])
         last = next(own)
         parts, keyed_ms = _parts(own_objective, last, source, by_hand, settings, config.seed, device)
+        line = 100 * parts["a metrics line"] / bare_ms
+        overhead = spread([100 * (b.wall / a.wall - 1) + line for a, b in times])
         parts["the rest"] = bare_ms * overhead.median / 100 - sum(parts.values())
         return TrainBench(
             recipe=config.name,
@@ -160,11 +162,11 @@ def bench_training(
             pairs=pairs,
             segment=segment,
             bare_ms=bare_ms,
-            fewstep_ms=1e3 * statistics.median(b.wall for _, b in times) / segment,
+            fewstep_ms=1e3 * statistics.median(b.wall for _, b in times) / segment + parts["a metrics line"],
             bare_samples_per_s=statistics.median(batch_size * segment / a.wall for a, _ in times),
             samples_per_s=statistics.median(batch_size * segment / b.wall for _, b in times),
             overhead=overhead,
-            cpu_overhead=spread([100 * (b.cpu / a.cpu - 1) for a, b in times]),
+            cpu_overhead=spread([100 * (b.cpu / a.cpu - 1) + line for a, b in times]),
             costs=tuple(Cost(name, ms, 100 * ms / bare_ms) for name, ms in parts.items()),
             keyed_noise=Cost("keyed noise, beyond torch.randn", keyed_ms, 100 * keyed_ms / bare_ms),
         )
@@ -330,19 +332,33 @@ def _parts(
         output = objective(batch, key)
         output.per_sample_B.mean().backward()
         norm = timed("clip", lambda: nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
-        sums = timed("metrics", functools.partial(sums_of, [output], norm))
-        timed("finite", lambda: bool(sums.value[0].isfinite().all()))  # noqa: B023 (called at once)
+        timed("finite", functools.partial(_read, output, norm))
+        timed("line", functools.partial(_metrics_line, output, float(norm), config))
         objective.zero_grad()
         timed("average", average)
     parts = {
+        # Written every log_every steps, so by hardly any segment: it is added to all of them.
+        "a metrics line": statistics.median(taken["line"]) / config.log_every,
         "gradient norm and clipping": statistics.median(taken["clip"]),
-        "metrics": statistics.median(taken["metrics"]),
         "finite check": statistics.median(taken["finite"]),
         "weight averages": statistics.median(taken["average"]),
         # Means: a new permutation falls into some of the steps alone.
         "batch, beyond indexing": statistics.fmean(taken["own"]) - statistics.fmean(taken["hand"]),
     }
     return parts, statistics.median(taken["keyed"]) - statistics.median(taken["randn"])
+
+
+def _metrics_line(output: LossOutput, grad_norm: float, config: TrainConfig) -> None:
+    """Reduce and write what ``log_every`` steps have collected."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = MetricsLog(RunDirectory(Path(folder)), config.batch_size, step=0, seconds=0.0)
+        for _ in range(config.log_every):
+            log.add([replace(output, per_sample_B=output.per_sample_B.detach())], grad_norm)
+        log.write(config.log_every, "bench", config.lr, 1.0)
+
+
+def _read(output: LossOutput, norm: Tensor) -> list[float]:
+    return torch.stack((output.per_sample_B.mean(), norm)).tolist()
 
 
 def _check_comparable(config: TrainConfig) -> None:

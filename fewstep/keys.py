@@ -48,8 +48,17 @@ class Key:
         words = self._words(purpose, index_B, count).to(torch.float64)
         return words.add_(0.5).mul_(2.0**-32).reshape(-1, *shape)
 
-    def _words(self, purpose: str, index_B: Tensor, count: int) -> Tensor:
-        """``count`` 32-bit words per sample as int64 ``[B, count]``."""
+    def permutations(self, purpose: str, size: int, number: int, device: torch.device) -> Tensor:
+        """Permutations of ``size`` things, int64 ``[number, size]``: row ``k`` sorts them by the uniform numbers of
+        step ``self.step + k``. Several at once cost little more than one."""
+        index = torch.arange(size, device=device).repeat(number)
+        step = torch.arange(self.step, self.step + number, device=device).repeat_interleave(size)
+        # Floating-point numbers sort twice as fast as integers, and hold 32 bits exactly.
+        words = self._words(purpose, index, 1, step).to(torch.float64)
+        return words.reshape(number, size).argsort(dim=1, stable=True)
+
+    def _words(self, purpose: str, index_B: Tensor, count: int, step_B: Tensor | None = None) -> Tensor:
+        """``count`` 32-bit words per sample as int64 ``[B, count]``, of this step or of one of each sample's own."""
         if not 0 <= self.step <= _MASK:
             raise ValueError(f"step {self.step} is outside [0, 2^32)")
         digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()
@@ -60,7 +69,7 @@ class Key:
         counter[0] = torch.arange(blocks, device=index_B.device)
         counter[1] = (index_B & _MASK)[:, None]
         counter[2] = (index_B >> 32)[:, None]
-        counter[3] = self.step
+        counter[3] = self.step if step_B is None else step_B[:, None]
         if counter.device.type == "cpu":
             # The same arithmetic on numpy arrays: a quarter of torch's overhead per operation at training batch sizes.
             words = torch.from_numpy(np.stack(philox(tuple(counter.numpy()), key), axis=-1))

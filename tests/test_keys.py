@@ -172,3 +172,14 @@ def test_extreme_words_give_finite_normals(word: int, radius: float, monkeypatch
 def test_step_out_of_range(step: int) -> None:
     with pytest.raises(ValueError, match="step"):
         Key(0, step).normal("test", torch.arange(2))
+
+
+def test_permutations_sort_by_the_uniform_numbers_of_their_steps() -> None:
+    """Whether drawn together or one by one."""
+    index = torch.arange(50)
+    together = Key(3, 7).permutations("shuffle", 50, 4, torch.device("cpu"))
+    assert together.shape == (4, 50)
+    for k, order in enumerate(together):
+        assert torch.equal(order, Key(3, 7 + k).uniform("shuffle", index).argsort(stable=True))
+        assert torch.equal(order, Key(3, 7 + k).permutations("shuffle", 50, 1, torch.device("cpu"))[0])
+    assert not torch.equal(together[0], Key(4, 7).permutations("shuffle", 50, 1, torch.device("cpu"))[0])

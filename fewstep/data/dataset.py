@@ -80,18 +80,24 @@ class BatchSource:
         self._x = data.x.to(device)
         self._label = None if data.label is None else data.label.to(device)
         share = batch_size // world
+        self._first, self._share = rank * share, share
         self._index = torch.arange(rank * share, (rank + 1) * share, device=device)
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        # Small data sets begin an epoch every few steps: their orders are drawn a number at a time.
+        self._at_once = max(1, 2**13 // len(data.x))
+        self._from = -1
+        self._orders = torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> Batch:
         """This rank's share of the batch of optimiser step ``step`` (counted from 0)."""
-        place = step * self.batch_size + self._index
-        epoch, offset = place // len(self._x), place % len(self._x)
-        rows = torch.empty_like(place)
-        for k in range(int(epoch[0]), int(epoch[-1]) + 1):
-            inside = epoch == k
-            rows[inside] = self._permutation(k)[offset[inside]]
+        place = step * self.batch_size + self._first
+        end = place + self._share
+        pieces = []
+        while place < end:  # from one epoch to the next
+            epoch, offset = divmod(place, len(self._x))
+            piece = self._permutation(epoch)[offset : offset + end - place]
+            pieces.append(piece)
+            place += len(piece)
+        rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return Batch(
             x=self._x[rows],
             label=None if self._label is None else self._label[rows],
@@ -100,8 +106,9 @@ class BatchSource:
         )
 
     def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            everything = torch.arange(len(self._x), device=self._x.device)
-            self._order = Key(self.seed, epoch).uniform("shuffle", everything).argsort(stable=True)
-            self._epoch = epoch
-        return self._order
+        first = epoch - epoch % self._at_once
+        if first != self._from:
+            key = Key(self.seed, first)
+            self._orders = key.permutations("shuffle", len(self._x), self._at_once, self._x.device)
+            self._from = first
+        return self._orders[epoch - first]

@@ -3,64 +3,86 @@
 import math
 import resource
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.checkpoint import RunDirectory
-from fewstep.distill.metrics import Sums
+from fewstep.distill.metrics import Sums, sums_of
+from fewstep.distill.objective import LossOutput
 
 
 class MetricsLog:
     """Collects the metrics of every step and writes a line when asked to.
 
-    Made at finished step ``step`` after ``seconds`` of training; ``window`` are sums that no line has told yet, from
-    the ``window_state`` of a checkpoint, so that a resumed run logs what one run would have.
+    Made at finished step ``step`` after ``seconds`` of training. ``window`` are sums that no line has told yet, from
+    the ``window_state`` of a checkpoint, so that a resumed run logs what one run would have. ``over_processes`` sums a
+    tensor over all processes: all of them add, ask for the state and write at the same steps, and the one with
+    ``speaks`` writes lines.
     """
 
-    def __init__(self, run: RunDirectory, batch_size: int, *, step: int, seconds: float, window: Any) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        batch_size: int,
+        *,
+        step: int,
+        seconds: float,
+        window: Any = None,
+        over_processes: Callable[[Tensor], Tensor] = lambda value: value,
+        speaks: bool = True,
+    ) -> None:
         self._run = run
         self._batch_size = batch_size
         self._step = step
         self._seconds = seconds
-        self._window = None
+        self._over_processes = over_processes
+        self._speaks = speaks
+        self._outputs: list[LossOutput] = []
+        self._norms: list[float] = []
+        self._window: Sums | None = None
         if window is not None:
             self._window = Sums(tuple(window["names"]), torch.tensor(window["value"], dtype=torch.float64))
 
-    def add(self, sums: Sums) -> None:
-        if self._window is None:
-            self._window = sums
-        else:
-            self._window = Sums(self._window.names, self._window.value.to(sums.value.device)) + sums
+    def add(self, outputs: Sequence[LossOutput], grad_norm: float) -> None:
+        """Take note of a step; nothing is computed yet."""
+        self._outputs.extend(outputs)
+        self._norms.append(grad_norm)
+
+    def _sums(self) -> Sums | None:
+        if self._outputs:
+            new = sums_of(self._outputs, self._norms)
+            new = Sums(new.names, self._over_processes(new.value).cpu())
+            self._window = new if self._window is None else self._window + new
+            self._outputs, self._norms = [], []
+        return self._window
 
     def window_state(self) -> dict[str, Any] | None:
         """What ``window`` takes: plain values."""
-        if self._window is None:
-            return None
-        return {"names": list(self._window.names), "value": self._window.value.tolist()}
+        sums = self._sums()
+        return None if sums is None else {"names": list(sums.names), "value": sums.value.tolist()}
 
     def write(self, step: int, stage: str, lr: float, seconds: float) -> dict[str, float]:
         """Write the line of ``step`` and start a new window. Returns its single numbers. Reads the device."""
-        assert self._window is not None
-        means = self._window.means()
+        sums = self._sums()
+        assert sums is not None
+        means = sums.means()
         rate = (step - self._step) * self._batch_size / max(seconds - self._seconds, 1e-9)
-        self._run.append_metrics(
-            {
-                "step": step,
-                "stage": stage,
-                "lr": lr,
-                "seconds": round(seconds, 3),
-                "samples_per_s": round(rate, 1),
-                "peak_memory_mib": round(peak_memory_mib(), 1),
-                **{name: _plain(value) for name, value in means.items()},
-            }
-        )
-        self.forget(step, seconds)
-        return {name: value for name, value in means.items() if isinstance(value, float) and math.isfinite(value)}
-
-    def forget(self, step: int, seconds: float) -> None:
-        """Start a new window: what a process does that writes nothing."""
+        line = {
+            "step": step,
+            "stage": stage,
+            "lr": lr,
+            "seconds": round(seconds, 3),
+            "samples_per_s": round(rate, 1),
+            "peak_memory_mib": round(peak_memory_mib(), 1),
+            **{name: _plain(value) for name, value in means.items()},
+        }
+        if self._speaks:
+            self._run.append_metrics(line)
         self._window, self._step, self._seconds = None, step, seconds
+        return {name: value for name, value in means.items() if isinstance(value, float) and math.isfinite(value)}
 
 
 def _plain(value: float | list[float]) -> Any:

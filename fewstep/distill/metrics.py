@@ -1,4 +1,4 @@
-"""What training tells of itself: sums and counts, which microbatches, processes and logged windows simply add up."""
+"""What training tells of itself: sums and counts, which processes and stretches of steps simply add up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +34,12 @@ class Sums:
 
 
 @torch.no_grad()
-def sums_of(outputs: Sequence[LossOutput], grad_norm: Tensor) -> Sums:
-    """Over the samples of some batches: loss, residual, diagnostics where they apply; their gradient's norm; the
-    residual by time."""
+def sums_of(outputs: Sequence[LossOutput], grad_norms: Sequence[float]) -> Sums:
+    """Over the samples of some batches: loss, residual, diagnostics where they apply; over some steps: the gradient's
+    norm; and the residual by time.
+
+    Made to be called once for many steps: on small networks it costs as much as the optimiser.
+    """
     diagnostics = tuple(outputs[0].diagnostics)
     rows = torch.stack(
         [
@@ -47,15 +50,15 @@ def sums_of(outputs: Sequence[LossOutput], grad_norm: Tensor) -> Sums:
     )
     applies = ~rows.isnan()
     applies[:2] = True  # a loss that is NaN is not left out
-    norm = grad_norm.detach().to(torch.float64).reshape(1)
+    norms = torch.tensor([[sum(grad_norms)], [len(grad_norms)]], dtype=torch.float64, device=rows.device)
     # A product instead of a scatter, whose order of summation is not fixed on GPUs.
     t = torch.cat([output.t_B for output in outputs])
     bins = torch.arange(TIME_BINS, device=t.device)
     inside = ((t * TIME_BINS).long().clamp(0, TIME_BINS - 1)[:, None] == bins).to(torch.float64)
     value = torch.stack(
         [
-            torch.cat([rows.where(applies, 0.0).sum(dim=1), norm, rows[1] @ inside]),
-            torch.cat([applies.to(torch.float64).sum(dim=1), torch.ones_like(norm), inside.sum(dim=0)]),
+            torch.cat([rows.where(applies, 0.0).sum(dim=1), norms[0], rows[1] @ inside]),
+            torch.cat([applies.to(torch.float64).sum(dim=1), norms[1], inside.sum(dim=0)]),
         ]
     )
     return Sums(("loss", "residual", *diagnostics, "grad_norm"), value)

@@ -30,7 +30,7 @@ from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
 from fewstep.distill.shards import full
 from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
-from fewstep.distill.train import NonFiniteError, make_accelerator, train
+from fewstep.distill.train import NonFiniteError, make_accelerator, over_processes, train
 from fewstep.environment import describe_environment
 from fewstep.errors import FewstepError, UsageError, is_out_of_memory
 from fewstep.files import read_json, write_atomic, write_json
@@ -195,7 +195,15 @@ def _train_stages(
     # Every process takes part in gathering shards; what is not sharded the first one has by itself.
     gathers = accelerator.is_main_process or (settings.parallel == "fsdp2" and accelerator.num_processes > 1)
     begun = starts[position.stage] + position.done
-    log = MetricsLog(run, settings.batch_size, step=begun, seconds=position.seconds, window=position.window)
+    log = MetricsLog(
+        run,
+        settings.batch_size,
+        step=begun,
+        seconds=position.seconds,
+        window=position.window if accelerator.is_main_process else None,
+        over_processes=lambda value: over_processes(value, accelerator),
+        speaks=accelerator.is_main_process,
+    )
     weights = position.start["student"] if position.start else request.student.state_dict()
     previous_weights, finished = position.previous, position.finished
     seconds, metrics = position.seconds, {}
@@ -229,23 +237,20 @@ def _train_stages(
                 seconds = before + state.seconds
                 step = starts[number] + state.step
                 last = state.step == stage.steps
-                log.add(state.sums)
+                log.add(state.outputs, state.grad_norm)
                 if step % settings.log_every == 0 or last:
-                    if accelerator.is_main_process:
-                        metrics = log.write(step, stage.name, state.lr, seconds)
-                        trackers.log({**metrics, "lr": state.lr}, step)
-                    else:
-                        log.forget(step, seconds)
+                    metrics = log.write(step, stage.name, state.lr, seconds)
+                    trackers.log({**metrics, "lr": state.lr}, step)
                 if settings.ema_snapshot_every and step % settings.ema_snapshot_every == 0 and gathers:
                     keep_snapshot(run, step, state.emas, accelerator.is_main_process)
                 stop = _agreed(accelerator, stopped())
-                if (step % settings.checkpoint_every == 0 or last or stop) and gathers:
-                    groups = state.snapshot(accelerator.is_main_process)
+                if step % settings.checkpoint_every == 0 or last or stop:
+                    window = log.window_state()
+                    groups = state.snapshot(accelerator.is_main_process) if gathers else {}
                     if accelerator.is_main_process:
                         if last:  # before the checkpoint that says the stage is over
                             sha = write_tensors(_stage_file(run, stage), groups[f"ema-{settings.ema[0].name}"])
                             finished = {**finished, str(stage.serves): sha}
-                        window = log.window_state()
                         reached = _Position(number, state.step, seconds, groups, previous_weights, finished, window)
                         _save(run, step, reached, request.teacher, settings.keep_checkpoints)
                 if stop:

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from fewstep.data.dataset import Batch, BatchSource
 from fewstep.distill.compiled import compile_objective
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.ema import EMA
-from fewstep.distill.metrics import Sums, sums_of
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import build_optimizer, learning_rate
 from fewstep.distill.shards import full, shard, shard_like
@@ -37,23 +36,21 @@ CHECKED_STEPS = 3
 class TrainState:
     """What ``train`` yields after an optimiser step.
 
-    ``step`` counts finished steps of this call, ``sums`` are the step's metrics over all processes, on the device,
-    ``seconds`` is the time spent in this call. ``snapshot(keep)`` gives every tensor a restart needs, whole, by group;
-    under FSDP2 all processes call it, and those with ``keep=False`` get nothing.
+    ``step`` counts finished steps of this call, ``loss`` and ``grad_norm`` are of all processes together, ``outputs``
+    (detached) of the microbatches of this one, ``seconds`` is the time spent in this call. ``snapshot(keep)`` gives
+    every tensor a restart needs, whole, by group; under FSDP2 all processes call it, and those with ``keep=False`` get
+    nothing.
     """
 
     step: int
-    sums: Sums
+    loss: float
+    grad_norm: float
+    outputs: list[LossOutput]
     lr: float
     seconds: float
     student: nn.Module
     emas: tuple[EMA, ...]
     snapshot: Callable[[bool], dict[str, Tensors]]
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of this step. Reads the device."""
-        return float(self.sums.value[0, 0] / self.sums.value[1, 0])
 
 
 class NonFiniteError(FewstepError):
@@ -126,16 +123,19 @@ def train(
             group["lr"] = lr
         key = Key(seed, first_step + step)
         batch = source.batch(first_step + step)
-        outputs = _backward(prepared, batch, key, config, accelerator)
+        outputs, mean = _backward(prepared, batch, key, config, accelerator)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        sums = _over_processes(sums_of(outputs, full(norm)), accelerator)
-        # One read of the device per step, shared by the loss and the norm.
-        if not bool(sums.value[0].isfinite().all()):
-            raise _non_finite(sums, outputs, batch, key, accelerator)
+        # nn.utils.get_total_norm without its sorting by device and type, which costs as much again.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        # One read of the device per step, and one exchange among the processes: they have to agree on what follows.
+        both = torch.stack((mean, full(norm)))
+        loss, grad_norm = (over_processes(both, accelerator) / accelerator.num_processes).tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise _non_finite(loss, outputs, batch, key, accelerator)
         if step - done < CHECKED_STEPS:
             _check_synchronised(full(norm), accelerator)
-        if config.grad_clip:
+        # The factor grad_clip / (norm + 1e-6), at most one: below the bound there is nothing to multiply.
+        if config.grad_clip and grad_norm + 1e-6 > config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -144,7 +144,9 @@ def train(
             ema.update()
         yield TrainState(
             step=step + 1,
-            sums=sums,
+            loss=loss,
+            grad_norm=grad_norm,
+            outputs=outputs,
             lr=lr,
             seconds=time.perf_counter() - began,
             student=student,
@@ -166,17 +168,25 @@ def _distribute(objective: Objective, config: TrainConfig, accelerator: Accelera
 
 def _backward(
     prepared: nn.Module, batch: Batch, key: Key, config: TrainConfig, accelerator: Accelerator
-) -> list[LossOutput]:
-    """Losses of the microbatches; gradients of their mean, summed over processes after the last one alone."""
+) -> tuple[list[LossOutput], Tensor]:
+    """Losses of the microbatches and their mean, detached; gradients, shared by the processes after the last one."""
     parts = batch.split(config.gradient_accumulation_steps)
-    outputs = []
+    outputs, means = [], []
     for number, part in enumerate(parts, start=1):
         with _synchronised(prepared, accelerator, number == len(parts)):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with _precision(config, accelerator):
                 output: LossOutput = prepared(part, key)
-            accelerator.backward(output.per_sample_B.mean() / len(parts))
-        outputs.append(output)
-    return outputs
+            mean = output.per_sample_B.mean()
+            (mean if len(parts) == 1 else mean / len(parts)).backward()
+        outputs.append(replace(output, per_sample_B=output.per_sample_B.detach()))
+        means.append(mean.detach())
+    return outputs, means[0] if len(means) == 1 else torch.stack(means).mean()
+
+
+def _precision(config: TrainConfig, accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    if config.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(accelerator.device.type, torch.bfloat16)
 
 
 def _synchronised(prepared: nn.Module, accelerator: Accelerator, yes: bool) -> contextlib.AbstractContextManager[Any]:
@@ -187,10 +197,9 @@ def _synchronised(prepared: nn.Module, accelerator: Accelerator, yes: bool) -> c
     return contextlib.nullcontext() if yes else accelerator.no_sync(prepared)
 
 
-def _over_processes(sums: Sums, accelerator: Accelerator) -> Sums:
-    if accelerator.num_processes == 1:
-        return sums
-    return Sums(sums.names, accelerator.reduce(sums.value, "sum"))
+def over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum over all processes, in all of them."""
+    return value if accelerator.num_processes == 1 else accelerator.reduce(value, "sum")
 
 
 def _check_synchronised(norm: Tensor, accelerator: Accelerator) -> None:
@@ -206,23 +215,22 @@ def _check_synchronised(norm: Tensor, accelerator: Accelerator) -> None:
 
 
 def _non_finite(
-    sums: Sums, outputs: list[LossOutput], batch: Batch, key: Key, accelerator: Accelerator
+    loss: float, outputs: list[LossOutput], batch: Batch, key: Key, accelerator: Accelerator
 ) -> NonFiniteError:
     """What is known of a step that failed: loss or gradient, the keys of its draws, the samples at fault."""
-    means = sums.means()
     per_sample = torch.cat([output.per_sample_B.detach() for output in outputs])
     row = batch.index if batch.row is None else batch.row
     rows = sorted(gather_object(row[~per_sample.isfinite()].tolist()))
     keys = f"draws and batch keyed by seed {key.seed}, step {key.step}"
     if rows:
-        count = int(sums.value[1, 0])
+        count = len(per_sample) * accelerator.num_processes
         message = f"the loss is not finite at step {key.step + 1}, for {len(rows)} of {count} samples"
         if len(rows) > count / 2:  # the training, not the data
             return NonFiniteError(f"{message} ({keys})")
         named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         return NonFiniteError(f"{message}: rows {named} of the data ({keys})", samples=True)
-    what = "gradient" if math.isfinite(float(means["loss"])) else "loss"  # type: ignore[arg-type]
-    return NonFiniteError(f"the {what} is not finite at step {key.step + 1} (loss {means['loss']:.4g}; {keys})")
+    what = "gradient" if math.isfinite(loss) else "loss"
+    return NonFiniteError(f"the {what} is not finite at step {key.step + 1} (loss {loss:.4g}; {keys})")
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
