@@ -99,7 +99,18 @@ def test_the_version() -> None:
 
 def test_every_command_of_the_design_that_exists_explains_itself() -> None:
     listed = succeed("--help").stdout
-    for command in ("demo", "recipes", "teach", "distill", "sample", "evaluate", "report", "doctor"):
+    for command in (
+        "demo",
+        "recipes",
+        "teach",
+        "distill",
+        "sample",
+        "average",
+        "evaluate",
+        "report",
+        "bench",
+        "doctor",
+    ):
         assert command in listed
         assert "Usage:" in succeed(command, "--help").stdout
     for command in ("teach", "distill"):
