@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Whole files, because tests of one file share trained runs.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,11 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## a teacher, three students and their report on shipped data: runs/demo/report/index.html
 	$(BIN)/fewstep demo --overwrite
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole test suite, a test file at a time on every core
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP)  ## the suite without the tests marked slow
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
