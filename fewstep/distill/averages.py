@@ -21,7 +21,7 @@ from fewstep.errors import UsageError, nearest
 def keep_snapshot(run: RunDirectory, step: int, averages: Sequence[EMA], write: bool) -> None:
     """Keep the power-function averages of this step for good. Where they are sharded every process takes part, and the
     one with ``write`` writes."""
-    groups = {ema.name: ema.state() for ema in averages if isinstance(ema.config, PowerEMA)}
+    groups = {ema.name: ema.state(write) for ema in averages if isinstance(ema.config, PowerEMA)}
     if write:
         write_checkpoint(run.averages, step, Checkpoint(groups, {"stage": 0, "done": step}), keep=None)
 

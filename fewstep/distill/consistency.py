@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.objective import LossOutput, Objective
-from fewstep.distill.shards import full, local
+from fewstep.distill.shards import local
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
 from fewstep.sampling import SOLVERS, Solver
@@ -110,7 +110,7 @@ class ConsistencyDistillation(Objective):
     def extra_state(self) -> dict[str, Tensor]:
         if not self._target:
             return {}
-        return {f"target.{name}": full(value) for name, value in self._target[0].state_dict().items()}
+        return {f"target.{name}": value for name, value in self._target[0].state_dict().items()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         if self._target:

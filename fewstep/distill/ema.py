@@ -9,7 +9,7 @@ from torch import nn
 
 from fewstep.checkpoint import Tensors
 from fewstep.distill.config import ConstantEMA, EMAConfig, PowerEMA
-from fewstep.distill.shards import local, shard_like, whole_of
+from fewstep.distill.shards import gathered, local, shard_like, sharded_like
 
 WIDEST = 12**-0.5
 """The relative standard deviation of a uniform profile, ``gamma = 0``."""
@@ -82,12 +82,13 @@ class EMA:
             kept.copy_(value)
 
     @torch.no_grad()
-    def state(self) -> Tensors:
-        """Whole tensors by their names in ``state_dict()``. Where parameters are sharded, every process has to ask.
+    def state(self, keep: bool = True) -> Tensors:
+        """Whole tensors by their names in ``state_dict()``. Where parameters are sharded every process has to ask, and
+        those with ``keep=False`` get nothing.
 
         Tensors that are not sharded are live: the next update changes them.
         """
-        return {name: whole_of(self._kept[name], tensor) for name, tensor in self._live.items()}
+        return gathered({name: sharded_like(self._kept[name], like) for name, like in self._live.items()}, keep)
 
     @torch.no_grad()
     def load(self, state: Tensors, updates: int) -> None:

@@ -49,8 +49,7 @@ class Objective(nn.Module, ABC):
         """Called after every optimiser step: the place of target networks."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Tensors beyond the student that a resumed run needs, such as a target network's: whole ones, so where they
-        are sharded every process has to ask."""
+        """Tensors beyond the student that a resumed run needs, such as a target network's, sharded or not."""
         return {}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from fewstep.distill.averages import keep_snapshot
 from fewstep.distill.export import export
 from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
-from fewstep.distill.shards import full
+from fewstep.distill.shards import gathered
 from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
 from fewstep.distill.train import NonFiniteError, make_accelerator, over_processes, train
 from fewstep.environment import describe_environment
@@ -258,8 +258,9 @@ def _train_stages(
                 yield Progress(step, starts[-1], stage.name, metrics)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; {_remedy(error, run)}", samples=error.samples) from error
-        exported[stage.serves] = {name: value.clone() for name, value in state.emas[0].state().items()}
-        weights = {name: full(value).cpu() for name, value in student.state_dict().items()}
+        shipped = state.emas[0].state(accelerator.is_main_process)
+        exported[stage.serves] = {name: value.clone() for name, value in shipped.items()}
+        weights = {name: value.cpu() for name, value in gathered(student.state_dict()).items()}
         previous_weights = weights
     if accelerator.is_main_process:
         for stage in stages:

@@ -4,6 +4,9 @@ Applied here and not through ``Accelerator.prepare``, which shards on GPUs only 
 bfloat16, the Jacobian-vector product with them.
 """
 
+from collections.abc import Mapping
+
+import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -11,13 +14,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(net: nn.Module) -> FSDPModule:
-    """Shard the parameters of ``net`` among all processes, in place; it now gathers them while it computes.
+def shard(net: nn.Module, device: torch.device) -> FSDPModule:
+    """Shard the parameters of ``net`` among all processes onto their devices, in place; it now gathers them while it
+    computes.
 
-    The children of every ``nn.ModuleList`` (a network's blocks) are gathered one at a time, what is left as a whole.
+    The children of every ``nn.ModuleList`` (a network's blocks) are moved, and later gathered, one at a time, what is
+    left as a whole: no device ever holds the whole network.
     """
-    device = next(net.parameters()).device.type
-    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for module in net.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
@@ -43,11 +47,21 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_of(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which ``part`` is what ``local`` would give; ``like`` says how it is sharded."""
+def sharded_like(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which this process holds ``part``, sharded as ``like`` is; or ``part``, where ``like`` is not."""
     if not isinstance(like, DTensor):
         return part
-    sharded = DTensor.from_local(
+    return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return sharded.full_tensor()
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors; those that were sharded are gathered one by one, on the CPU. Every process takes part, and those
+    with ``keep=False`` get nothing."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = full(tensor)
+        if keep:
+            whole[name] = value.cpu() if isinstance(tensor, DTensor) else value
+    return whole

@@ -24,7 +24,7 @@ from fewstep.distill.config import TrainConfig
 from fewstep.distill.ema import EMA
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import build_optimizer, learning_rate
-from fewstep.distill.shards import full, shard, shard_like
+from fewstep.distill.shards import full, gathered, shard, shard_like
 from fewstep.errors import FewstepError
 from fewstep.keys import Key
 
@@ -97,10 +97,12 @@ def train(
     if start is not None:
         objective.student.load_state_dict(start["student"])
         objective.load_extra_state(start.get("objective", {}))
-    objective.to(accelerator.device)
+    sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
+    if not sharded:
+        objective.to(accelerator.device)
     if config.compile:
         compile_objective(objective, source.batch(first_step + done))
-    prepared = _distribute(objective, config, accelerator)
+    prepared = _distribute(objective, accelerator, sharded=sharded)
     student = objective.student
     parameters = list(student.parameters())
     emas = tuple(EMA(student, average) for average in config.ema)
@@ -110,10 +112,10 @@ def train(
 
     def snapshot(keep: bool = True) -> dict[str, Tensors]:
         groups = {"student": student.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
-        groups = {group: {name: full(value) for name, value in tensors.items()} for group, tensors in groups.items()}
-        groups |= {f"ema-{ema.name}": ema.state() for ema in emas}
         if extra := objective.extra_state():
             groups["objective"] = extra
+        groups = {group: gathered(tensors, keep) for group, tensors in groups.items()}
+        groups |= {f"ema-{ema.name}": ema.state(keep) for ema in emas}
         return groups if keep else {}
 
     began = time.perf_counter()
@@ -156,12 +158,12 @@ def train(
     accelerator.free_memory()
 
 
-def _distribute(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
+def _distribute(objective: Objective, accelerator: Accelerator, *, sharded: bool) -> nn.Module:
     """The objective as every process calls it: itself, wrapped by DDP, or sharded with its target networks."""
-    if config.parallel == "fsdp2" and accelerator.num_processes > 1:
+    if sharded:
         for target in objective.targets():
-            shard(target)
-        shard(objective)
+            shard(target, accelerator.device)
+        shard(objective, accelerator.device)
         return objective
     return accelerator.prepare(objective)
 

@@ -31,8 +31,8 @@ def settings(parallel: str = "ddp", **changes: object) -> TrainConfig:
 
 def gradients(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> dict[str, Tensor]:
     """Gradients of one step as the optimiser would find them, whole."""
-    objective.to(accelerator.device)
-    prepared = trainer._distribute(objective, config, accelerator)
+    sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
+    prepared = trainer._distribute(objective, accelerator, sharded=sharded)
     source = BatchSource(
         digits(),
         config.batch_size,
@@ -106,7 +106,9 @@ def shares(accelerator: Accelerator) -> dict[str, Tensor]:
         "target": [local(parameter) for parameter in objective.targets()[0].parameters()],
         "average": state.emas[0]._shadows,
     }
-    return {name: torch.tensor(sum(t.numel() for t in tensors) / whole) for name, tensors in held.items()}
+    found = {name: torch.tensor(sum(t.numel() for t in tensors) / whole) for name, tensors in held.items()}
+    unwanted = len(state.snapshot(False)) + len(state.emas[0].state(keep=False))
+    return {**found, "unwanted": torch.tensor(unwanted)}
 
 
 def tasks() -> dict[str, Callable[[Accelerator], dict[str, Tensor]]]:

@@ -336,7 +336,7 @@ def main(file: Path) -> None:
     distributed.init_process_group("gloo")
     assert distributed.get_world_size() == 2
     net = odd()
-    shard(net)
+    shard(net, torch.device("cpu"))
     states = tracked(net)
     assert all(isinstance(parameter, DTensor) for parameter in net.parameters())
     if distributed.get_rank() == 0:

@@ -76,7 +76,10 @@ def test_twenty_steps_are_those_of_one_process(name: str, parallel: str, two: di
 
 def test_every_process_holds_its_share(two: dict[str, Tensor]) -> None:
     """A little over one half: a dimension that does not divide in two gives the first process more."""
-    for name, share in of(two, "shares").items():
+    shares = of(two, "shares")
+    assert int(shares.pop("unwanted")) == 0
+    assert set(shares) == {"student", "target", "average"}
+    for name, share in shares.items():
         assert 0.5 <= float(share) < 0.53, name
 
 
