@@ -252,7 +252,7 @@ def _train_stages(
                             sha = write_tensors(_stage_file(run, stage), groups[f"ema-{settings.ema[0].name}"])
                             finished = {**finished, str(stage.serves): sha}
                         reached = _Position(number, state.step, seconds, groups, previous_weights, finished, window)
-                        _save(run, step, reached, request.teacher, settings.keep_checkpoints)
+                        _save(run, step, reached, config, request.teacher)
                 if stop:
                     raise Interrupted(f"stopped at step {step} of {starts[-1]}; go on with --resume", step)
                 yield Progress(step, starts[-1], stage.name, metrics)
@@ -320,7 +320,7 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
     return student
 
 
-def _save(run: RunDirectory, step: int, position: _Position, teacher: Teacher | None, keep: int) -> None:
+def _save(run: RunDirectory, step: int, position: _Position, config: RunConfig, teacher: Teacher | None) -> None:
     """Write the checkpoint of a step: what ``_resume`` reads."""
     groups = dict(position.start or {})
     if position.previous is not None:
@@ -332,8 +332,9 @@ def _save(run: RunDirectory, step: int, position: _Position, teacher: Teacher | 
         "finished": position.finished,
         "window": position.window,
         "teacher_digest": None if teacher is None else teacher.digest,
+        "config": config.model_dump(mode="json"),
     }
-    write_checkpoint(run.checkpoints, step, Checkpoint(groups, facts), keep=keep)
+    write_checkpoint(run.checkpoints, step, Checkpoint(groups, facts), keep=config.train.keep_checkpoints)
     run.write_status("running", step=step)
 
 
