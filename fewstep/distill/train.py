@@ -6,6 +6,7 @@ that whatever it does inside ``forward`` (a Jacobian-vector product, a target) i
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from fewstep.distill.ema import EMA
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import build_optimizer, learning_rate
 from fewstep.distill.shards import full, gathered, shard, shard_like
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, UsageError
 from fewstep.keys import Key
 
 CHECKED_STEPS = 3
@@ -69,8 +70,17 @@ class UnsynchronisedError(FewstepError):
 
 
 def make_accelerator() -> Accelerator:
-    """One process or one of several (torchrun, accelerate launch); a GPU where there is one."""
-    return Accelerator(cpu=not torch.cuda.is_available())
+    """One process or one of several (torchrun, accelerate launch); a GPU where there is one.
+
+    What somebody's accelerate config says of precision or compilation is overruled: a run is what its own config says.
+    Other ways of sharding than ``train.parallel`` are a ``UsageError``.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1", "yes"):
+            raise UsageError(
+                f"accelerate is configured for {name}: launch without it, and shard the student by train.parallel=fsdp2"
+            )
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", dynamo_backend="no")
 
 
 def train(

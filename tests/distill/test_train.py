@@ -5,6 +5,7 @@ import math
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from fewstep.checkpoint import Tensors
@@ -13,6 +14,7 @@ from fewstep.data.load import digits
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import learning_rate
 from fewstep.distill.train import NonFiniteError, make_accelerator, train
+from fewstep.errors import UsageError
 from fewstep.keys import Key
 
 
@@ -240,3 +242,15 @@ def test_trainer_takes_its_accelerator() -> None:
         *_, state = train(objective, batches, config, accelerator, seed=tiny.SEED, steps=2)
         final.append(cloned(state.student))
     assert_same_bits({"student": final[0]}, {"student": final[1]})
+
+
+def test_somebodys_accelerate_config_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher sets the environment: precision and compilation are overruled, other sharding is refused."""
+    wanted = [state.loss for state in tiny.run(tiny.meanflow(), 2)]
+    for name, value in (("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "EAGER"), ("GRADIENT_ACCUMULATION_STEPS", "4")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert [state.loss for state in tiny.run(tiny.meanflow(), 2)] == wanted
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"accelerate is configured for FSDP: .* train\.parallel=fsdp2"):
+        make_accelerator()
