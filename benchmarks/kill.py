@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,14 +86,19 @@ def survive(command: Sequence[str], folder: Path, moments: Sequence[str], rng: r
     trained = read_json(whole / "model" / "config.json")["train"]
     started_s = time.monotonic() - began - trained["seconds"]
     kills: list[Kill] = []
-    for number, moment in enumerate(moments):
+    haste = 1.0
+    while len(kills) < len(moments):
+        number, moment = len(kills), moments[len(kills)]
         at = _resumes_at(run)
+        before = folder / "before"
+        if run.exists():
+            shutil.copytree(run, before)
         # On average three quarters of an equal share, so that there is something left for the kills to come.
-        aim = at + rng.random() * 1.5 * (trained["steps"] - at) / (len(moments) - number + 1)
+        aim = at + haste * rng.random() * 1.5 * (trained["steps"] - at) / (len(moments) - number + 1)
         process = start(*command, "--out", str(run), *_flag(run))
         try:
             if moment == "start":
-                time.sleep(rng.random() * 1.2 * started_s)
+                time.sleep(haste * rng.random() * 1.2 * started_s)
             else:
                 _wait_for_step(process, run, aim)
             if moment == "training":
@@ -102,8 +108,13 @@ def survive(command: Sequence[str], folder: Path, moments: Sequence[str], rng: r
         finally:
             process.kill()
             _, said = process.communicate()
-        if process.returncode == 0:  # too late: it had ended
-            break
+        if process.returncode == 0:  # too late, on a machine that is busy in turns: the same again, earlier
+            haste *= 0.7
+            shutil.rmtree(run)
+            if before.exists():
+                before.rename(run)
+            continue
+        shutil.rmtree(before, ignore_errors=True)
         if process.returncode != -signal.SIGKILL:
             raise SystemExit(f"ended with {process.returncode}: {said}")
         kills.append(Kill(moment, bool(_unfinished(process, run)), _check(run)))
