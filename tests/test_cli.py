@@ -162,8 +162,14 @@ def test_a_run_on_disk(trained: Path) -> None:
     teacher = json.loads((trained / "teacher" / "model" / "config.json").read_text())
     assert (card["role"], card["objective"], card["teacher"]) == ("student", "progressive", teacher["name"])
     assert card["teacher_digest"] == teacher["digests"]["model.safetensors"]
-    assert {"convention", "guidance", "ema", "config_digest", "commit"} <= set(card)
+    assert {"convention", "ema", "config_digest", "commit"} <= set(card)
+    assert (card["train"]["steps"], card["train"]["samples"]) == (30, 30 * 16)
     sampler = json.loads((run / "model" / "sampler.json").read_text())
+    assert {steps: entry["weights"] for steps, entry in sampler["steps"].items()} == {
+        "1": "model.safetensors",
+        "2": "model-steps-2.safetensors",
+        "4": "model-steps-4.safetensors",
+    }
     assert {steps: entry["times"] for steps, entry in sampler["steps"].items()} == {
         "1": [1.0, 0.0],
         "2": [1.0, 0.5, 0.0],
@@ -171,6 +177,14 @@ def test_a_run_on_disk(trained: Path) -> None:
     }
     assert "fewstep sample" in (run / "model" / "README.md").read_text()
     assert "torch" in json.loads((run / "environment.json").read_text())["packages"]
+
+
+def test_the_card_tells_of_guidance(trained: Path, tmp_path: Path) -> None:
+    command = ("distill", "digits-consistency", *SMALL[:2], f"teacher.path={trained / 'teacher'}", "train.steps=1")
+    for scale in (1, 2.5):
+        succeed(*command, f"teacher.guidance={scale}", "--out", tmp_path / f"{scale}")
+        card = json.loads((tmp_path / f"{scale}" / "model" / "config.json").read_text())
+        assert card["guidance"] == scale
 
 
 def test_the_config_of_a_run_reproduces_it(trained: Path, tmp_path: Path) -> None:

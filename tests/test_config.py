@@ -138,6 +138,22 @@ OVERRIDES = {
     "no teacher to start from": ("teacher=null", ["teacher"]),
     "no network to start from scratch": ("student={kind: average_velocity, init: scratch}", ["student.network"]),
     "teacher without weights": ("teacher={kind: analytic}", ["analytic", "student.init scratch"]),
+    "microbatches of unequal size": (
+        "train={batch_size: 10, gradient_accumulation_steps: 4}",
+        ["train: ", "batch_size 10", "into 4"],
+    ),
+    "the same average twice": ("train.ema=[0.9, {kind: constant, decay: 0.9}]", ["train", "twice", "0.9, 0.9"]),
+    "snapshots of one average": (
+        "train={ema: [0.9, {kind: power}], ema_snapshot_every: 2}",
+        ["train", "ema_snapshot_every", "two averages of kind power"],
+    ),
+    "momentum of 1": ("train.betas=[1, 0.9]", ["train.betas", "[0, 1)"]),
+    "a grid that does not double": (
+        "objective={kind: consistency, start_nodes: 4, nodes: 12}",
+        ["objective", "nodes 12", "start_nodes 4", "power of two"],
+    ),
+    "a grid that is no multiple": ("objective={kind: consistency, start_nodes: 3, nodes: 8}", ["nodes 8", "3"]),
+    "a guided teacher that is not asked": ("teacher.guidance=2", ["teacher.guidance", "velocity data"]),
 }
 
 
@@ -169,6 +185,23 @@ FILES = {
     "a key that is a number": (TOY + "3: 4\n", ["3"]),
     "unknown toy": (TOY.replace("mixture", "mixtures"), ["data.name", "'mixtures'"]),
     "itself inside": ("name: &a [*a]\n", ["name"]),
+    "a progressive student without teacher": (
+        TOY.replace("teacher: {kind: analytic}\n", "").replace("meanflow", "progressive"),
+        ["objective progressive needs a teacher"],
+    ),
+    "a velocity without teacher": (
+        TOY.replace("teacher: {kind: analytic}\n", ""),
+        ["objective meanflow needs a teacher"],
+    ),
+    "snapshots over several stages": (
+        TOY.replace("meanflow", "progressive")
+        + "train: {steps: 1, ema: [{kind: power}, {kind: power, relative_std: 0.05}], ema_snapshot_every: 2}\n",
+        ["train.ema_snapshot_every", "stages"],
+    ),
+    "a teacher of a teacher": (
+        TOY.replace("meanflow", "flow_matching").replace("average_velocity", "velocity"),
+        ["flow_matching", "takes no teacher"],
+    ),
 }
 
 

@@ -124,6 +124,11 @@ def test_a_batch_that_does_not_divide_among_the_processes(tmp_path: Path) -> Non
         *("teach", "digits-teacher", "train.batch_size=15", "--processes", 2, "--out", tmp_path / "run"),
         says=("train.batch_size 15", "2 processes"),
     )
+    microbatches = ("train.batch_size=12", "train.gradient_accumulation_steps=4")
+    refuse(
+        *("teach", "digits-teacher", *microbatches, "--processes", 2, "--out", tmp_path / "run"),
+        says=("train.batch_size 12", "8 microbatches on 2 processes"),
+    )
     assert not (tmp_path / "run").exists()
 
 

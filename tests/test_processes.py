@@ -1,6 +1,7 @@
 """Several processes: really several, one of them speaks and writes, and the model is that of one process."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -35,7 +36,8 @@ def witnessed(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITNESS)
     (tmp_path / "seen").mkdir()
-    return {"PYTHONPATH": str(tmp_path / "site"), "WITNESS": str(tmp_path / "seen")}
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "WITNESS": str(tmp_path / "seen")}
 
 
 def seen(tmp_path: Path) -> set[str]:
@@ -68,9 +70,15 @@ def test_two_processes_train_the_model_of_one(trained: Path, tmp_path: Path, wit
     assert seen(tmp_path) == {"0-of-2", "1-of-2"}
     assert json.loads(two.stdout)["run"] == "two"
     assert len(two.stderr.splitlines()) == 2, two.stderr  # the last step, and the end
-    steps = [json.loads(line)["step"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 13))
     succeed(*command, "--out", tmp_path / "one")
+    logged = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    }
+    assert [line["step"] for line in logged["two"]] == list(range(1, 13))
+    for name in ("loss", "residual", "diagonal_residual", "jvp_norm", "grad_norm"):  # of the samples of both
+        found, wanted = ([line[name] for line in logged[run]] for run in ("two", "one"))
+        assert found == pytest.approx(wanted, rel=1e-4), name
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-5, atol=1e-5)
 
 

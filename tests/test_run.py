@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, cli, process_environment, refuse, student, succeed
+from conftest import SMALL, cli, contents, process_environment, refuse, student, succeed
 
 from fewstep.checkpoint import RunDirectory, checkpoints, read_checkpoint
 from fewstep.config import RunConfig, load_config
@@ -25,7 +25,8 @@ from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import load_data
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import LossOutput
-from fewstep.distill.run import Interrupted, run_training
+from fewstep.distill.progressive import ProgressiveStage
+from fewstep.distill.run import Interrupted, check_training, run_training
 from fewstep.interrupts import stop_requested
 from fewstep.keys import Key
 
@@ -39,7 +40,7 @@ METHODS = {
     ),
     "consistency": (
         "digits-consistency",
-        ("train.steps=12", "train.checkpoint_every=5", "objective.target_decay=0.9", "train.ema=[0.9, 0.99]"),
+        ("train.steps=12", "train.checkpoint_every=5", "objective.target_decay=0.9", "train.ema=[0.5, 0.99]"),
     ),
 }
 
@@ -97,7 +98,7 @@ def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 STOPS = [
     *(("teacher", step) for step in (1, 7)),
     *(("meanflow", step) for step in (1, 5, 7, 12)),
-    *(("consistency", step) for step in (5, 7)),
+    *(("consistency", step) for step in (5, 7, 12)),
     # Inside the first stage, at its end, one step into the second, at its end, inside the last, at its end.
     *(("progressive", step) for step in (2, 4, 5, 8, 19, 24)),
 ]
@@ -141,7 +142,8 @@ def test_killed_without_warning(step: int, whole: Callable[[str], Path], trained
             shutil.copytree(tmp_path / "living", run)
             break
     training.close()
-    assert status(run)["state"] == "running"
+    # Checkpoints are of every third step and of the last of a stage (4, 8): the status speaks of the newest.
+    assert (status(run)["state"], status(run)["step"]) == ("running", step // 3 * 3)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')
     train(config, run, resume=True)
@@ -163,7 +165,9 @@ def test_a_damaged_stage_is_noticed(whole: Callable[[str], Path], trained: Path,
     file = run / "stages" / "steps-0004.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     overrides = (*student(trained / "teacher"), *METHODS["progressive"][1])
+    before = contents(run)
     refuse("distill", "digits-progressive", *overrides, "--out", run, "--resume", says=(str(file), "damaged"))
+    assert contents(run) == before  # at once, and not after the last stage
 
 
 def test_the_seed_and_nothing_else_decides(trained: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
@@ -173,6 +177,38 @@ def test_the_seed_and_nothing_else_decides(trained: Path, tmp_path: Path, whole:
     succeed(*command, "--seed", 1, "--out", tmp_path / "other")
     assert weights(tmp_path / "same") == weights(whole("meanflow"))
     assert weights(tmp_path / "other") != weights(whole("meanflow"))
+
+
+def test_a_stage_draws_where_the_one_before_ended(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step of every stage has its own random numbers and its own batch: keys 0 to 23 over four stages."""
+    forward, seen = ProgressiveStage.forward, []
+
+    def noted(self: ProgressiveStage, batch: Batch, key: Key) -> LossOutput:
+        seen.append((key.step, batch.row.tolist()))
+        return forward(self, batch, key)
+
+    monkeypatch.setattr(ProgressiveStage, "forward", noted)
+    config = config_of("progressive", trained / "teacher")
+    train(config, tmp_path / "run")
+    batches = BatchSource(load_data(config.data), 16, config.seed, device=torch.device("cpu"))
+    assert seen == [(step, batches.batch(step).row.tolist()) for step in range(24)]
+
+
+def test_a_student_from_scratch_is_drawn_from_the_seed(tmp_path: Path) -> None:
+    """Whatever the global generator has been used for before."""
+
+    def first_layer(seed: int) -> torch.Tensor:
+        config = load_config("digits-teacher", [*SMALL, f"seed={seed}"])
+        run, device = RunDirectory(tmp_path / "run"), torch.device("cpu")
+        request = check_training(config, run, device, processes=1, resume=False, overwrite=False)
+        return request.student.get_parameter("enter.weight")
+
+    wanted = first_layer(0)
+    torch.rand(3)
+    assert torch.equal(first_layer(0), wanted)
+    assert not torch.equal(first_layer(1), wanted)
 
 
 def test_a_resumed_run_logs_what_one_run_would_have(
@@ -198,6 +234,36 @@ def test_a_resumed_run_logs_what_one_run_would_have(
             values, others = (found if isinstance(found, list) else [found] for found in (value, other[name]))
             for here, there in zip(values, others, strict=True):
                 assert here == there or here == pytest.approx(there, rel=1e-14), name
+
+
+def test_the_clock_goes_on_over_stages_and_restarts(trained: Path, tmp_path: Path) -> None:
+    """From step to step of stages of 4, 4, 8 and 8 steps, stopped inside the second and at its end; and the rate after
+    a restart is that of the steps since (16 samples each; seconds are rounded to thousandths)."""
+    config, run = config_of("progressive", trained / "teacher"), tmp_path / "run"
+    for stop in (6, 8):
+        with pytest.raises(Interrupted):
+            train(config, run, stop_at=stop, resume=stop > 6)
+    train(config, run, resume=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in lines]
+    assert len(seconds) == 24
+    assert seconds == sorted(seconds)
+    assert json.loads((run / "model" / "config.json").read_text())["train"]["seconds"] == seconds[-1]
+    for step in (7, 9):
+        took = seconds[step - 1] - seconds[step - 2]
+        assert lines[step - 1]["samples_per_s"] * took == pytest.approx(16, rel=0.9)
+
+
+def test_threads_are_those_asked_for_while_it_trains(trained: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    recipe, own = METHODS["meanflow"]
+    config = load_config(recipe, [*student(trained / "teacher"), *own, f"train.threads={before + 1}"])
+    during = [
+        torch.get_num_threads()
+        for _ in run_training(config, RunDirectory(tmp_path / "run"), resume=False, overwrite=False)
+    ]
+    assert during == 12 * [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_metrics_are_logged_as_often_as_asked(trained: Path, tmp_path: Path) -> None:

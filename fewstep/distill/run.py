@@ -110,6 +110,7 @@ def run_training(
                 write_atomic(run.path / "config.yaml", config_yaml(config))
                 write_json(run.path / "environment.json", describe_environment())
             trackers = open_trackers(config, run.path / "trackers", step)
+        accelerator.wait_for_everyone()  # the status is of this run now: who fails from here on will read it
         torch.set_num_threads(config.train.threads or threads)
         for progress in _train_stages(config, run, accelerator, request, position, trackers, stopped):
             step = progress.step

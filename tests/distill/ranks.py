@@ -5,6 +5,7 @@ Every task is a function of an accelerator that gives named tensors; the first p
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import tiny
@@ -13,13 +14,13 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.data.dataset import BatchSource
+from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import digits
 from fewstep.distill import train as trainer
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.objective import Objective
 from fewstep.distill.shards import full, local
-from fewstep.distill.train import UnsynchronisedError, make_accelerator
+from fewstep.distill.train import NonFiniteError, UnsynchronisedError, make_accelerator
 from fewstep.keys import Key
 
 STEPS = 20
@@ -78,6 +79,26 @@ def unsynchronised(accelerator: Accelerator) -> dict[str, Tensor]:
     return {"caught_after": torch.tensor(-1)}
 
 
+def non_finite(accelerator: Accelerator) -> dict[str, Tensor]:
+    """One NaN in an image that the second process alone gets, at its second step: what the first one says of it."""
+
+    def source(data: Dataset, rank: int) -> BatchSource:
+        return BatchSource(data, 32, tiny.SEED, device=accelerator.device, rank=rank, world=accelerator.num_processes)
+
+    row = int(source(digits(), rank=1).batch(1).row[0])
+    x = digits().x.clone()
+    x[row, 0, 3, 4] = float("nan")
+    batches = source(replace(digits(), x=x), accelerator.process_index)
+    seen = 0
+    try:
+        for state in trainer.train(tiny.flow_matching(), batches, settings(), accelerator, seed=tiny.SEED, steps=5):
+            seen = state.step
+    except NonFiniteError as error:
+        named = error.samples and f"for 1 of 32 samples: rows {row} of the data" in str(error)
+        return {"caught_after": torch.tensor(seen), "named": torch.tensor(named)}
+    return {"caught_after": torch.tensor(-1)}
+
+
 def resumed(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> dict[str, Tensor]:
     """Half of the steps, then the rest from a snapshot by a new student: as ``trained`` all at once, to the bit."""
     groups = {}
@@ -114,6 +135,7 @@ def shares(accelerator: Accelerator) -> dict[str, Tensor]:
 def tasks() -> dict[str, Callable[[Accelerator], dict[str, Tensor]]]:
     found = {
         "unsynchronised": unsynchronised,
+        "non-finite": non_finite,
         "shares": shares,
         "resumed consistency fsdp2": lambda a: resumed(tiny.consistency(), settings("fsdp2"), a),
         "accumulated meanflow ddp": lambda a: trained(tiny.meanflow(), settings(gradient_accumulation_steps=4), a, 3),

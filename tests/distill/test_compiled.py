@@ -1,11 +1,14 @@
 """torch.compile: the same results as eager mode, and nothing that is known to be wrong gets through."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 import tiny
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import digits
@@ -118,18 +121,32 @@ def test_a_jvp_that_compilation_would_lose_is_caught() -> None:
         compile_objective(meanflow(WithRounding()), batch(), backend=BACKEND)
 
 
+@pytest.mark.parametrize(("factor", "by"), [(1.01, "0.01"), (math.nan, "nan")])
 @pytest.mark.parametrize(("graph", "name"), [(1, "output"), (2, "tangent")])
-def test_wrong_results_are_caught(graph: int, name: str) -> None:
-    """A compiler that gets its first or second graph wrong by a hundredth."""
+def test_wrong_results_are_caught(graph: int, name: str, factor: float, by: str) -> None:
+    """A compiler that gets its first or second graph wrong by a hundredth, or altogether."""
     seen: list[int] = []
 
     def wrong(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         seen.append(1)
-        factor = 1.01 if len(seen) == graph else 1.0
-        return lambda *arguments: tuple(factor * output for output in module(*arguments))
+        times = factor if len(seen) == graph else 1.0
+        return lambda *arguments: tuple(times * output for output in module(*arguments))
 
-    with pytest.raises(FewstepError, match=f"the compiled {name} differs from the eager one by 0.01"):
+    with pytest.raises(FewstepError, match=f"the compiled {name} differs from the eager one by {by}"):
         compile_objective(meanflow(tiny.student()), batch(), backend=wrong)
+
+
+def test_a_wrong_gradient_is_caught() -> None:
+    """A compiler that is right about the forward pass and gets the backward pass wrong by a hundredth."""
+
+    def right(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        return make_boxed_func(module.forward)
+
+    def wrong(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        return make_boxed_func(lambda *arguments: [g if g is None else 1.01 * g for g in module(*arguments)])
+
+    with pytest.raises(FewstepError, match=r"the compiled gradient differs from the eager one by 0\.01"):
+        compile_objective(tiny.progressive(), batch(), backend=aot_autograd(fw_compiler=right, bw_compiler=wrong))
 
 
 def test_a_missing_compiler_is_a_fault_of_the_environment() -> None:

@@ -1,5 +1,6 @@
 """Metrics add up: over microbatches, over steps, over a checkpoint; a NaN loss is never left out of them."""
 
+import json
 import math
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_sums_of_steps_are_sums_of_their_samples() -> None:
     assert both["residual_by_time"][:2] == [3.0, 14.0]
     with pytest.raises(ValueError, match="do not add up"):
         one + Sums(("other",), one.value)
+    with pytest.raises(ValueError, match="do not add up"):
+        one + Sums(one.names[::-1], one.value)
 
 
 def test_a_loss_that_is_not_a_number_stays_one() -> None:
@@ -70,9 +73,17 @@ def test_a_window_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert logs[0]["loss"] == pytest.approx((1 / 3 + 1 + 2 / 3 + 1 / 2 + 1 + 1 / 3) / 6)
 
 
-def test_rates_are_of_the_window(tmp_path: Path) -> None:
-    import json
+def test_a_number_that_applies_to_no_sample(tmp_path: Path) -> None:
+    """Is null in the file, which knows no NaN, and not among the numbers handed on."""
+    run = RunDirectory(tmp_path)
+    log = MetricsLog(run, 2, step=0, seconds=0.0)
+    log.add([output([1.0, 2.0], [0.1, 0.2], [math.nan, math.nan])], 0.5)
+    assert log.write(1, "stage", 1e-3, 1.0) == {"loss": 1.5, "residual": 3.0, "grad_norm": 0.5}
+    (line,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert line["jvp_norm"] is None
 
+
+def test_rates_are_of_the_window(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     log = MetricsLog(run, 64, step=10, seconds=2.0)
     for step, seconds in ((12, 3.0), (16, 3.5)):

@@ -87,8 +87,8 @@ def test_targets_of_progressive_distillation_are_in_full_precision() -> None:
 
 
 def test_a_teacher_in_bfloat16(trained: Path, tmp_path: Path) -> None:
-    """Its weights are, its time embedding is not; it answers in float32, near the other one; and a student starts from
-    the weights as they were trained."""
+    """Its weights are, its time embedding is not; it answers in float32, near the other one, and frozen; and a student
+    starts from the weights as they were trained."""
     config = load_config("digits-meanflow", list(student(trained / "teacher")))
     data = load_data(config.data)
     x, t, label = torch.randn(16, 1, 8, 8), torch.linspace(0, 1, 16), torch.arange(16) % 10
@@ -98,6 +98,8 @@ def test_a_teacher_in_bfloat16(trained: Path, tmp_path: Path) -> None:
         teacher = load_teacher(chosen, config.data, data, torch.device("cpu"))
         net = teacher.field.net
         answers[precision] = teacher.field(x, t, label)
+        assert not answers[precision].requires_grad
+        assert not net.training
         for name, parameter in net.named_parameters():
             half = precision == "bf16" and not name.startswith("embed_t.")
             assert parameter.dtype == (torch.bfloat16 if half else torch.float32), name
@@ -112,17 +114,20 @@ def test_training_from_a_teacher_in_bfloat16(trained: Path, tmp_path: Path) -> N
     succeed(*command, "teacher.precision=bf16", "--out", tmp_path / "run")
 
 
-def accumulated(objective: Objective, parts: int) -> tuple[list[float], dict[str, Tensor]]:
+def accumulated(objective: Objective, parts: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
     config = TrainConfig.model_validate({**tiny.CONFIG.model_dump(), "gradient_accumulation_steps": parts})
     *_, state = states = list(tiny.run(objective, 4, config=config))
-    return [state.loss for state in states], dict(state.student.state_dict())
+    losses, norms = ([getattr(state, name) for state in states] for name in ("loss", "grad_norm"))
+    return losses, norms, dict(state.student.state_dict())
 
 
 @pytest.mark.parametrize("name", tiny.OBJECTIVES)
 @pytest.mark.parametrize("parts", [2, 8, 32])
 def test_accumulated_gradients_train_as_the_whole_batch(name: str, parts: int) -> None:
-    """Microbatches down to a single sample; what changes is the order of summation."""
-    wanted, weights = accumulated(tiny.OBJECTIVES[name](), 1)
-    losses, found = accumulated(tiny.OBJECTIVES[name](), parts)
+    """Microbatches down to a single sample; what changes is the order of summation. The gradient's norm is compared
+    as well: clipping and Adam forgive a gradient that is a multiple of the right one."""
+    wanted, lengths, weights = accumulated(tiny.OBJECTIVES[name](), 1)
+    losses, norms, found = accumulated(tiny.OBJECTIVES[name](), parts)
     assert losses == pytest.approx(wanted, rel=1e-5)
+    assert norms == pytest.approx(lengths, rel=1e-3)
     torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-5)

@@ -104,3 +104,10 @@ def test_accumulated_gradients_on_two_processes(parallel: str, two: dict[str, Te
 def test_gradients_of_a_bare_network_are_caught(two: dict[str, Tensor]) -> None:
     """Wrapping the network instead of the objective trains every process by itself: noticed before the first step."""
     assert int(of(two, "unsynchronised")["caught_after"]) == 0
+
+
+def test_a_sample_of_another_process_is_named(two: dict[str, Tensor]) -> None:
+    """All processes stop before the same step, and the first tells of the row that only the second has seen."""
+    found = of(two, "non-finite")
+    assert int(found["caught_after"]) == 1
+    assert bool(found["named"])

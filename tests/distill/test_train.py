@@ -1,6 +1,7 @@
 """The trainer: its rates, steps and stops by hand, its batches, resumption and two processes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fewstep.checkpoint import Tensors
 from fewstep.data.dataset import Batch, BatchSource, Dataset
 from fewstep.data.load import digits
+from fewstep.distill.config import TrainConfig
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import learning_rate
 from fewstep.distill.train import NonFiniteError, make_accelerator, train
@@ -37,10 +39,12 @@ def assert_same_bits(a: dict[str, Tensors], b: dict[str, Tensors]) -> None:
 # -------------------------------------------------------------------------------------------------------------- rates
 
 
-def test_training_is_textbook_adam() -> None:
-    """Against a loop written from scratch: gradient clipped to norm, decoupled decay, moments with bias correction,
-    each at the rate of its step. After 4 steps the weights agree to rounding."""
-    config = tiny.CONFIG
+@pytest.mark.parametrize(("grad_clip", "clipped"), [(0.5, 4), (1.1, 3), (0.0, 0)])
+def test_training_is_textbook_adam(grad_clip: float, clipped: int) -> None:
+    """Against a loop written from scratch: gradient clipped to norm (where it is longer, and never for a bound of 0),
+    decoupled decay, moments with bias correction, each at the rate of its step. After 4 steps the weights agree to
+    rounding."""
+    config = TrainConfig.model_validate({**tiny.CONFIG.model_dump(), "grad_clip": grad_clip})
     reference = tiny.flow_matching()
     source = BatchSource(digits(), config.batch_size, tiny.SEED, device=torch.device("cpu"))
     parameters = list(reference.student.parameters())
@@ -55,15 +59,16 @@ def test_training_is_textbook_adam() -> None:
         norms.append(norm)
         lr = learning_rate(config, k, 4)
         for p, g, m, v in zip(parameters, grads, first, second, strict=True):
-            g = g * min(1.0, config.grad_clip / norm)
+            g = g * (min(1.0, grad_clip / norm) if grad_clip else 1.0)
             m.mul_(beta1).add_((1 - beta1) * g)
             v.mul_(beta2).add_((1 - beta2) * g * g)
             mean, variance = m / (1 - beta1 ** (k + 1)), v / (1 - beta2 ** (k + 1))
             p.data = p.data * (1 - lr * config.weight_decay) - lr * mean / (variance.sqrt() + 1e-8)
-    assert min(norms) > 1.1 * config.grad_clip
+    assert sum(0 < grad_clip < 0.96 * norm for norm in norms) == clipped
+    assert sum(norm < 0.96 * grad_clip or not grad_clip for norm in norms) == 4 - clipped
 
     objective = tiny.flow_matching()
-    states = list(tiny.run(objective, 4, first_step=10))
+    states = list(tiny.run(objective, 4, config=config, first_step=10))
     assert [state.grad_norm for state in states] == pytest.approx(norms, rel=1e-4)
     assert [state.lr for state in states] == [learning_rate(config, k, 4) for k in range(4)]
     for ours, theirs in zip(objective.student.parameters(), parameters, strict=True):
@@ -83,18 +88,27 @@ def test_number_of_steps(steps: int, done: int) -> None:
     assert all(ema.updates == steps for ema in states[-1].emas)
 
 
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_what_a_step_gives_holds_no_graph(name: str) -> None:
+    """Outputs are collected until the next line of the log: with their graphs, memory would grow with every step."""
+    for state in tiny.run(tiny.OBJECTIVES[name](), 2):
+        for output in state.outputs:
+            tensors = (output.per_sample_B, output.residual_B, output.t_B, *output.diagnostics.values())
+            assert not any(tensor.requires_grad for tensor in tensors)
+
+
 # -------------------------------------------------------------------------------------------------------------- stops
 
 
 class Poisoned(Objective):
-    """Wraps an objective and lets its loss, or its gradient alone, become infinite at one step."""
+    """Wraps an objective and lets its loss, its gradient or both become infinite at one step."""
 
-    def __init__(self, inner: Objective, step: int, *, gradient_only: bool) -> None:
+    def __init__(self, inner: Objective, step: int, *, what: str) -> None:
         super().__init__()
         self.student = inner.student
         self.inner = inner
         self.step = step
-        self.gradient_only = gradient_only
+        self.what = what
         self.steps_taken = 0
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
@@ -103,17 +117,17 @@ class Poisoned(Objective):
         if key.step == self.step:
             # The square root has an infinite slope at zero, where its value is fine.
             zero = (next(self.student.parameters()).sum() * 0.0).abs()
-            loss = loss + zero.sqrt() if self.gradient_only else loss * math.inf
+            loss = {"gradient": loss + zero.sqrt(), "loss": loss + math.inf, "both": loss * math.inf}[self.what]
         return LossOutput(loss, output.residual_B, output.t_B, output.diagnostics)
 
     def after_step(self) -> None:
         self.steps_taken += 1
 
 
-@pytest.mark.parametrize("gradient_only", [False, True])
-def test_a_non_finite_gradient_stops_before_the_weights_change(gradient_only: bool) -> None:
+@pytest.mark.parametrize("what", ["loss", "gradient", "both"])
+def test_a_non_finite_number_stops_before_the_weights_change(what: str) -> None:
     """At the third step, keyed 12: the error counts from one, and weights and averages are those of the second."""
-    objective = Poisoned(tiny.flow_matching(), step=12, gradient_only=gradient_only)
+    objective = Poisoned(tiny.flow_matching(), step=12, what=what)
     last: dict[str, Tensors] = {}
     steps: list[int] = []
 
@@ -125,7 +139,7 @@ def test_a_non_finite_gradient_stops_before_the_weights_change(gradient_only: bo
     with pytest.raises(NonFiniteError, match="not finite at step 13") as caught:
         finish()
     assert "keyed by seed 7, step 12" in str(caught.value)
-    assert ("gradient" in str(caught.value)) == gradient_only
+    assert ("gradient" in str(caught.value)) == (what == "gradient")
     assert steps == [1, 2]
     assert objective.steps_taken == 2
     assert_same_bits({"now": cloned(objective.student)}, {"now": last["student"]})
@@ -186,6 +200,28 @@ def test_every_epoch_is_a_permutation(batch_size: int) -> None:
     for batch in drawn:
         assert torch.equal(batch.label, batch.x[:, 0].long() % 5)
         assert torch.equal(batch.index, torch.arange(batch_size))
+
+
+@pytest.mark.parametrize("size", [23, 3000, 9000])
+def test_the_order_of_an_epoch_is_keyed_by_its_number(size: int) -> None:
+    """However many orders are drawn at once: 356, 2 or 1 here."""
+    batches = source(numbered(size), size)
+    for epoch in (0, 1, 2, 3, 355, 356, 1, 712):
+        (order,) = Key(3, epoch).permutations("shuffle", size, 1, torch.device("cpu"))
+        assert torch.equal(batches.batch(epoch).row, order)
+
+
+def test_microbatches_in_order_are_the_batch() -> None:
+    """With labels, places and rows; unequal ones are refused."""
+    whole = source(numbered(23, classes=5), 12, rank=1, world=2).batch(1)
+    parts = whole.split(3)
+    assert [len(part.x) for part in parts] == [2, 2, 2]
+    for name in ("x", "label", "index", "row"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    (bare,) = {(part.label, part.row) for part in replace(whole, label=None, row=None).split(2)}
+    assert bare == (None, None)
+    with pytest.raises(ValueError, match="6 samples do not divide into 4 equal parts"):
+        whole.split(4)
 
 
 def test_batches_are_keyed_by_seed_and_step() -> None:
