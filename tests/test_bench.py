@@ -74,7 +74,7 @@ def test_batches_by_hand_are_those_of_the_source() -> None:
         (lambda size: 0.02 * size, 20.0, 900, 1100),  # 1000 samples of 0.02 ms
         (lambda size: 5 + 0.01 * size, 20.0, 1300, 1700),  # a fixed cost: 1500
         (lambda size: 5 + 0.01 * size, 1.0, 1, 1),  # out of reach
-        (lambda size: 1.0, 1.04, 128, 128),  # near enough at once
+        (lambda size: 1.0, 1.02, 128, 128),  # near enough at once
         (lambda size: 1e-9, 1e9, 128 * 8**4, 2**20),  # no batch without end
     ],
 )

@@ -83,7 +83,7 @@ class BatchSource:
         self._first, self._share = rank * share, share
         self._index = torch.arange(rank * share, (rank + 1) * share, device=device)
         # Small data sets begin an epoch every few steps: their orders are drawn a number at a time.
-        self._at_once = max(1, 2**13 // len(data.x))
+        self._at_once = max(1, 2**14 // len(data.x))
         self._from = -1
         self._orders = torch.empty(0, dtype=torch.int64)
 

@@ -136,12 +136,12 @@ def train(
         key = Key(seed, first_step + step)
         batch = source.batch(first_step + step)
         outputs, mean = _backward(prepared, batch, key, config, accelerator)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # nn.utils.get_total_norm without its sorting by device and type, which costs as much again.
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = gradient_norm(parameters)
         # One read of the device per step, and one exchange among the processes: they have to agree on what follows.
         both = torch.stack((mean, full(norm)))
-        loss, grad_norm = (over_processes(both, accelerator) / accelerator.num_processes).tolist()
+        if accelerator.num_processes > 1:
+            both = over_processes(both, accelerator) / accelerator.num_processes
+        loss, grad_norm = both.tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _non_finite(loss, outputs, batch, key, accelerator)
         if step - done < CHECKED_STEPS:
@@ -207,6 +207,12 @@ def _synchronised(prepared: nn.Module, accelerator: Accelerator, yes: bool) -> c
         prepared.set_requires_gradient_sync(yes)
         return contextlib.nullcontext()
     return contextlib.nullcontext() if yes else accelerator.no_sync(prepared)
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """``nn.utils.get_total_norm`` without its sorting by device and type, which costs as much again."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
