@@ -7,17 +7,30 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fewstep import __version__
+from fewstep.commands.bench import bench_app
+from fewstep.commands.shared import (
+    AsJson,
+    Config,
+    DryRun,
+    Out,
+    Overrides,
+    Overwrite,
+    PrintLaunch,
+    Processes,
+    Resume,
+    RunPath,
+    Seed,
+    SolverOption,
+    user_errors,
+)
 from fewstep.console import Meter, emit_json, meter, say, stderr
-from fewstep.errors import FewstepError, GateFailed, UsageError, is_out_of_memory
-from fewstep.files import FULL, DiskError
+from fewstep.errors import FewstepError, GateFailed, UsageError
 from fewstep.launch import is_main_process, launch_lines, launch_text, launched, launched_alone, run_launched
 
 app = typer.Typer(
@@ -31,69 +44,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with fewstep.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure fewstep itself.", rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
-
-Config = Annotated[
-    str, typer.Argument(help="A recipe name (see `fewstep recipes list`) or a YAML file.", metavar="CONFIG")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Config overrides, for example train.steps=500.", metavar="[key=value ...]")
-]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/<name>).")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again where a run directory exists.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random draw (overrides the config).")]
-Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (through torchrun).")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
-PrintLaunch = Annotated[
-    bool,
-    typer.Option("--print-launch", help="Print what starts this in several processes (torchrun, Slurm), and stop."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Put one JSON document on stdout, and nothing else there.")]
-
-
-class SolverChoice(StrEnum):
-    euler = "euler"
-    heun = "heun"
-    midpoint = "midpoint"
-
-
-SolverOption = Annotated[
-    SolverChoice | None, typer.Option("--solver", help="Solver of a teacher's steps; a student has its own rule.")
-]
-RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a user's mistake into one sentence on stderr and its exit code; a defect keeps its traceback."""
-    try:
-        yield
-    except FewstepError as error:
-        if is_main_process():
-            say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        say("interrupted")
-        raise typer.Exit(130) from None
-    except (OSError, MemoryError, RuntimeError) as error:
-        explained = _explain(error)
-        if explained is None:
-            raise
-        if is_main_process():
-            say(f"error: {explained[0]}")
-        raise typer.Exit(explained[1]) from None
-
-
-def _explain(error: Exception) -> tuple[str, int] | None:
-    """A sentence and an exit code for what the machine refuses: a path, or memory. None for anything else."""
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
-        refused = DiskError(error, error.filename or "standard output")  # every file that is written gives its name
-        return str(refused), refused.exit_code
-    if is_out_of_memory(error):
-        return f"out of memory, ask for less at once ({str(error).partition(chr(10))[0][:160]})", 1
-    return None
 
 
 @app.callback(invoke_without_command=True)
@@ -412,7 +363,7 @@ def evaluate(
                 )
 
 
-def _name(solver: SolverChoice | None) -> Any:
+def _name(solver: Any) -> Any:
     return None if solver is None else solver.value
 
 
@@ -554,68 +505,6 @@ def doctor(as_json: AsJson = False) -> None:
             say(f"{check.status:<8}{check.name:<24}{check.detail}")
         if any(check.status == "missing" for check in checks):
             raise typer.Exit(3)
-
-
-# Benchmarks ----------------------------------------------------------------------------------------------------------
-
-
-DEFAULT_BENCH = "digits-teacher"
-
-
-@bench_app.command("train")
-def bench_train(
-    config: Annotated[
-        str, typer.Argument(help="A recipe name or a YAML file; its teacher has to exist.", metavar="CONFIG")
-    ] = DEFAULT_BENCH,
-    overrides: Overrides = None,
-    step_ms: Annotated[
-        float, typer.Option("--step-ms", min=0.1, help="Milliseconds of a bare step: the batch is made to fit.")
-    ] = 20.0,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs of segments, one of each loop.")] = 40,
-    segment: Annotated[int, typer.Option("--segment", min=1, help="Steps of a segment.")] = 10,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads of both (0: train.threads).")] = 0,
-    ledger: Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")] = None,
-    max_overhead: Annotated[
-        float | None, typer.Option("--max-overhead", help="Exit 4 if the median overhead exceeds this percentage.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """What the training loop costs beside a bare PyTorch loop: same network, same objective, same batches.
-
-    Short segments of both take turns, so that other work on the machine meets both. Printed are medians and quartiles
-    over the pairs, by the clock and by processor time, and where the difference goes.
-
-    Example: fewstep bench train digits-teacher --step-ms 20 --repeats 40
-    """
-    with user_errors():
-        if max_overhead is not None and not math.isfinite(max_overhead):
-            raise UsageError(f"--max-overhead takes a finite number, got {max_overhead}")
-        from fewstep.bench import append_row, bench_table, bench_title, bench_training
-        from fewstep.config import load_config
-        from fewstep.files import check_folder
-
-        if ledger is not None:
-            check_folder(ledger.absolute().parent)
-        if "=" in config and not os.path.exists(config):  # CONFIG left out
-            config, overrides = DEFAULT_BENCH, [config, *(overrides or [])]
-        settings = load_config(config, overrides or [])
-        with meter(f"bench {settings.name}") as shown:
-            bench = bench_training(
-                settings,
-                step_ms=step_ms,
-                pairs=repeats,
-                segment=segment,
-                threads=threads,
-                report=lambda done, total: shown.update(done, total, "pairs"),
-            )
-        say(bench_title(bench))
-        stderr().print(bench_table(bench))
-        if ledger is not None:
-            append_row(ledger, bench)
-        if as_json:
-            emit_json(bench.to_json())
-        if max_overhead is not None and not bench.overhead.median <= max_overhead:
-            raise GateFailed(f"the training loop costs {bench.overhead.median:.2f} %, above {max_overhead:g} %")
 
 
 def main() -> None:

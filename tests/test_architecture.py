@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teachers", "students", "evaluation"),
     ("distill",),
     ("workflows", "doctor", "bench"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -120,7 +121,16 @@ def closure(module: str) -> set[str]:
 
 LIGHT = [
     *(name for name in MODULES if name.endswith(".config") or MODULES[name].name == "__init__.py"),
-    *("fewstep.cli", "fewstep.block", "fewstep.errors", "fewstep.console", "fewstep.launch", "fewstep.interrupts"),
+    *(
+        "fewstep.cli",
+        "fewstep.commands.shared",
+        "fewstep.commands.bench",
+        "fewstep.block",
+        "fewstep.errors",
+        "fewstep.console",
+        "fewstep.launch",
+        "fewstep.interrupts",
+    ),
     "fewstep.evaluation.results",
 ]
 

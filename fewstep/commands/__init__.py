@@ -1,0 +1,1 @@
+"""Groups of commands that `cli` assembles. Imports nothing by itself."""

@@ -1,0 +1,75 @@
+"""What the commands share: the types of their options, and how a user's mistake is told."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.console import say
+from fewstep.errors import FewstepError, is_out_of_memory
+from fewstep.files import FULL, DiskError
+from fewstep.launch import is_main_process
+
+Config = Annotated[
+    str, typer.Argument(help="A recipe name (see `fewstep recipes list`) or a YAML file.", metavar="CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Config overrides, for example train.steps=500.", metavar="[key=value ...]")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/<name>).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again where a run directory exists.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random draw (overrides the config).")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (through torchrun).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+PrintLaunch = Annotated[
+    bool,
+    typer.Option("--print-launch", help="Print what starts this in several processes (torchrun, Slurm), and stop."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Put one JSON document on stdout, and nothing else there.")]
+
+
+class SolverChoice(StrEnum):
+    euler = "euler"
+    heun = "heun"
+    midpoint = "midpoint"
+
+
+SolverOption = Annotated[
+    SolverChoice | None, typer.Option("--solver", help="Solver of a teacher's steps; a student has its own rule.")
+]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a user's mistake into one sentence on stderr and its exit code; a defect keeps its traceback."""
+    try:
+        yield
+    except FewstepError as error:
+        if is_main_process():
+            say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        if is_main_process():
+            say(f"error: {explained[0]}")
+        raise typer.Exit(explained[1]) from None
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """A sentence and an exit code for what the machine refuses: a path, or memory. None for anything else."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        refused = DiskError(error, error.filename or "standard output")  # every file that is written gives its name
+        return str(refused), refused.exit_code
+    if is_out_of_memory(error):
+        return f"out of memory, ask for less at once ({str(error).partition(chr(10))[0][:160]})", 1
+    return None
