@@ -36,7 +36,7 @@ from fewstep.files import read_json
 MOMENTS = ("checkpoint", "training", "checkpoint", "training", "start")
 
 SMALL = ("train.batch_size=16", "train.log_every=1", "train.checkpoint_every=10")
-TEACHER = ("teach", "digits-teacher", *SMALL, "student.network={width: 16, depth: 1}", "train.steps=20")
+TEACHER = ("teach", "digits-teacher", *SMALL, "student.network={kind: mlp, width: 16, depth: 1}", "train.steps=20")
 STAGES = ("objective.start_steps=8", "objective.last_stages_factor=2")  # s, 2 s and 2 s steps for train.steps=s
 
 

@@ -108,6 +108,8 @@ def bench_training(
         run = RunDirectory(Path(folder) / config.name)
         request = check_training(config, run, device, processes=1, resume=False, overwrite=False)
     data, stage = request.data, request.stages[0]
+    if data.flip:
+        raise UsageError("the loop to compare with has data.flip=false: leave out data.flip=true")
 
     def objective() -> Objective:
         return stage.build(copy.deepcopy(request.student), None).to(device)
@@ -193,8 +195,8 @@ class BatchesByHand:
     """The batches of a ``BatchSource`` by plain indexing, with rows that were drawn beforehand."""
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device) -> None:
-        self._x = data.x.to(device)
-        self._label = None if data.label is None else data.label.to(device)
+        self._data, self._seed = data.to(device), seed
+        self._label = self._data.label
         self._index = torch.arange(batch_size, device=device)
         self._source = BatchSource(data, batch_size, seed, device=device)
         self._rows: dict[int, Tensor] = {}
@@ -209,7 +211,8 @@ class BatchesByHand:
 
     def batch(self, step: int) -> Batch:
         row = self._rows[step]
-        return Batch(self._x[row], None if self._label is None else self._label[row], self._index, row)
+        x = self._data.decode(self._data.x[row], Key(self._seed, step), self._index)
+        return Batch(x, None if self._label is None else self._label[row], self._index, row)
 
 
 def fitting_batch_size(measure: Callable[[int], float], step_ms: float, batch_size: int) -> int:
@@ -264,10 +267,10 @@ def bench_table(bench: TrainBench) -> Table:
     return table
 
 
-def append_row(path: Path, bench: TrainBench) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append to a ledger: one JSON object per line."""
     with path.open("a") as file:
-        file.write(json.dumps(bench.to_json(), allow_nan=False) + "\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -276,18 +279,19 @@ class _Time:
     cpu: float
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _segment(steps: Iterator[object], count: int, device: torch.device) -> _Time:
     """Wall and processor time of ``count`` steps, in seconds."""
-    _synchronise(device)
+    synchronise(device)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in itertools.islice(steps, count):
         pass
-    _synchronise(device)
+    synchronise(device)
     return _Time(time.perf_counter() - wall, time.process_time() - cpu)
 
 
@@ -310,10 +314,10 @@ def _parts(
     taken: dict[str, list[float]] = defaultdict(list)
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         result = work()
-        _synchronise(device)
+        synchronise(device)
         taken[name].append(1e3 * (time.perf_counter() - began))
         return result
 

@@ -228,6 +228,10 @@ _CARD_KEYS = (
 )
 
 
+DATA_MEAN = "data_mean.safetensors"
+"""Beside the weights of a contrastive teacher: what its bias depends on."""
+
+
 def write_model(
     folder: Path,
     card: Mapping[str, Any],

@@ -14,6 +14,7 @@ import typer
 
 from fewstep import __version__
 from fewstep.commands.bench import bench_app
+from fewstep.commands.data import data_app
 from fewstep.commands.shared import (
     AsJson,
     Config,
@@ -45,6 +46,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with fewstep.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -96,7 +96,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     else:
         text = recipe_text(source)
     tree = _parse(text, source)
-    for override in overrides:
+    # A named network comes first, in whatever order it is written: other overrides may change it.
+    for override in sorted(overrides, key=lambda override: not override.startswith(_SIZE)):
         _apply(tree, override)
     return check_config(tree, source)
 
@@ -182,6 +183,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"override {dotted}: {name} is a value, not a block")
         block = _TAGGED.get((name, str(node.get("kind")))) or (block and _block_of(block, name))
+    if override.startswith(_SIZE):
+        node.clear()  # the network it names replaces the one of the file
     try:
         node[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -202,7 +205,7 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], source: str) -> No
         place += ".kind"
         message = f"unknown kind '{fault['ctx']['tag']}'; {nearest(str(fault['ctx']['tag']), allowed)}"
     elif fault["type"] == "union_tag_not_found":
-        message = "needs a kind"
+        message = "needs a kind or a size" if place == "student.network" else "needs a kind"
     elif fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
     else:
@@ -259,5 +262,6 @@ def _tags(block: type[BaseModel]) -> dict[tuple[str, str], type[BaseModel]]:
 
 
 _TAGGED = _tags(RunConfig)
+_SIZE = "student.network.size="
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

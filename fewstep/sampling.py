@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.flow import LINEAR, FlowMap, VelocityField, uniform_grid
 from fewstep.keys import Key
+from fewstep.sources import Source, gaussian
 
 Solver = Literal["euler", "heun", "midpoint"]
 
@@ -94,6 +95,7 @@ def sample_renoise(
     label_B: Tensor | None,
     key: Key,
     index_B: Tensor,
+    source: Source = gaussian,
 ) -> Samples:
     """Multistep consistency sampling (Song et al. 2303.01469, Algorithm 1) on a decreasing grid that ends at 0.
 
@@ -109,16 +111,19 @@ def sample_renoise(
         data, calls = flow_map(x, _full(t, x), torch.zeros_like(_full(t, x)), label_B), calls + 1
         if r == 0:
             return Samples(data, calls * flow_map.nfe)
-        fresh = Key(key.seed, k).normal("renoise", index_B, tuple(x.shape[1:])).to(x)
+        fresh = source(Key(key.seed, k), "renoise", index_B, tuple(x.shape[1:])).to(x)
         x = LINEAR.sample(data, fresh, _full(r, x)).x_t
     raise AssertionError("unreachable: the grid ends at 0")
 
 
 class Sampler(Protocol):
-    """A model together with its sampling rule: all that evaluation needs to know of it."""
+    """A model together with its sampling rule and the source of its noise: all that evaluation needs to know of it."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def source(self) -> Source: ...
 
     def check(self, steps: int) -> None:
         """Raise ``ValueError`` if the model was not made for this number of steps."""
@@ -133,6 +138,7 @@ class OdeSampler:
 
     field: VelocityField
     solver: Solver = "euler"
+    source: Source = gaussian
 
     @property
     def name(self) -> str:
@@ -154,6 +160,7 @@ class MapSampler:
 
     maps: dict[int, FlowMap]
     rule: Literal["jumps", "renoise"]
+    source: Source = gaussian
 
     @property
     def name(self) -> str:
@@ -169,7 +176,7 @@ class MapSampler:
         self.check(steps)
         flow_map = self.maps[steps] if steps in self.maps else self.maps[0]
         if self.rule == "renoise":
-            return sample_renoise(flow_map, noise, uniform_grid(steps), label_B, key, index_B)
+            return sample_renoise(flow_map, noise, uniform_grid(steps), label_B, key, index_B, self.source)
         return sample_map(flow_map, noise, uniform_grid(steps), label_B)
 
 

@@ -10,20 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.checkpoint import RunDirectory, checkpoints, read_model, write_model
-from fewstep.config import RunConfig, config_changes, config_yaml, load_config, read_config
+from fewstep.checkpoint import DATA_MEAN, RunDirectory, checkpoints, read_model, write_model
+from fewstep.config import RunConfig, config_changes, config_yaml, load_config, read_config, recipe_names
+from fewstep.data.config import DataConfig
 from fewstep.data.dataset import Dataset
+from fewstep.data.detect import data_config, detect
+from fewstep.data.encoded import Reported, unreported
+from fewstep.data.inspect import Inspection, inspect
 from fewstep.data.load import load_data
+from fewstep.data.paths import expanded
 from fewstep.distill.averages import rebuilt, tracked
 from fewstep.distill.run import run_training
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
+from fewstep.evaluation.reference import check_takes, feature_moments, write_statistics
 from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
-from fewstep.files import write_atomic, write_json
+from fewstep.files import check_folder, write_atomic, write_json
 from fewstep.sampling import OdeSampler, Solver
+from fewstep.sources import SOURCES
 from fewstep.students.load import LoadedModel, load_model
 from fewstep.students.model_card import model_readme
 from fewstep.teachers.load import Teacher, load_teacher
@@ -81,7 +88,7 @@ def average_run(run: Path, out: Path, *, ema: str | None, relative_std: float | 
         raise UsageError("--at-step goes with --relative-std: tracked averages are those of the last step")
     exported = read_model(run)
     config = read_config(run)
-    if list(exported.card["digests"]) != ["model.safetensors"]:
+    if set(exported.card["digests"]) - {DATA_MEAN} != {"model.safetensors"}:
         raise UsageError(f"{run} has a model for each of several step counts: their averages are not kept apart")
     directory = RunDirectory(out)
     directory.check(resume=False, overwrite=False)
@@ -97,7 +104,10 @@ def average_run(run: Path, out: Path, *, ema: str | None, relative_std: float | 
     directory.write_status("done", step=int(card["train"]["steps"]), exit_code=0)
     write_atomic(out / "config.yaml", config_yaml(named))
     readme = model_readme(card, exported.sampler)
-    write_model(directory.model, card, exported.sampler, {"model.safetensors": weights}, readme)
+    files = {"model.safetensors": weights}
+    if DATA_MEAN in exported.card["digests"]:
+        files[DATA_MEAN] = exported.weights(DATA_MEAN)
+    write_model(directory.model, card, exported.sampler, files, readme)
     return named.name
 
 
@@ -129,8 +139,7 @@ def evaluate_runs(
     settings = settings or configs[0].evaluate
     extractors = [build_extractor(name, device, weights) for name in settings.features]
     for extractor in extractors:
-        if data.kind == "points" and extractor.takes == "uint8":
-            raise UsageError(f"{extractor.name} features take images and {data.name} has points: use identity")
+        check_takes(extractor, data)
     if settings.n <= K_PRECISION_RECALL:
         raise UsageError(f"{settings.n} samples are too few: precision and recall need {K_PRECISION_RECALL + 1}")
 
@@ -187,7 +196,7 @@ def _with_solver(model: LoadedModel, solver: Solver) -> LoadedModel:
     """The same teacher under another solver; a student has no solver: ``UsageError``."""
     if not isinstance(model.sampler, OdeSampler):
         raise UsageError(f"{model.name} is a student with its own sampling rule: --solver is for teachers")
-    return replace(model, sampler=OdeSampler(model.sampler.field, solver))
+    return replace(model, sampler=replace(model.sampler, solver=solver))
 
 
 def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...], solver: Solver) -> Candidate:
@@ -195,7 +204,7 @@ def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...], solver: Solver)
         name=teacher.name,
         role="teacher",
         objective="flow_matching" if teacher.net is not None else "exact",
-        sampler=OdeSampler(teacher.field, solver),
+        sampler=OdeSampler(teacher.field, solver, SOURCES[teacher.noise.source]),
         steps=steps,
         guidance=teacher.guidance,
         digest=teacher.digest,
@@ -226,6 +235,42 @@ def _teacher_facts(teacher: Teacher, config: RunConfig) -> Model:
     return Model(
         teacher.name, "teacher", objective, teacher.params, trained["steps"], trained["samples"], trained["seconds"]
     )
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def data_source(source: str, **options: Any) -> DataConfig:
+    """The data config that a path stands for (what lies there is found by looking), or that of a recipe or YAML file.
+
+    ``options`` are fields of a data config; None leaves one as it is.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if source in recipe_names() or source.endswith((".yaml", ".yml")):
+        config = load_config(source).data
+        fields = type(config).model_fields
+        unknown = next((name for name in given if name not in fields), None)
+        if unknown is not None:
+            raise UsageError(f"{source}: data of kind {config.kind} have no {unknown}; they have {', '.join(fields)}")
+        return type(config).model_validate({**config.model_dump(), **given})
+    return data_config(source, detect(expanded(source)), **given)
+
+
+def data_statistics(
+    config: DataConfig, out: Path | None, *, features: str | None, weights: Path | None, report: Reported = unreported
+) -> Inspection:
+    """What ``inspect`` finds; with ``features`` also their mean and covariance, written to ``out``."""
+    if (features is None) != (out is None):
+        raise UsageError("--features and --out go together: the statistics of features are written to a file")
+    if features is None or out is None:
+        return inspect(config, report)
+    check_folder(out.absolute().parent)
+    extractor = build_extractor(features, default_device(), weights)
+    found = inspect(config)
+    measured = feature_moments(extractor, load_data(config), default_device(), report)
+    facts = {"features": extractor.name, "extractor_digest": extractor.digest}
+    write_statistics(out, measured, {**facts, "dataset": found.name, "dataset_digest": found.digest})
+    return found
 
 
 # The demo ------------------------------------------------------------------------------------------------------------

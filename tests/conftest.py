@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 # The tensors are small: a second thread costs more than it gives, several times more on a busy machine.
 torch.set_num_threads(1)
 
-SMALL = ("train.batch_size=16", "train.log_every=1", "student.network={width: 16, depth: 1}")
+SMALL = ("train.batch_size=16", "train.log_every=1", "student.network={kind: mlp, width: 16, depth: 1}")
 """Overrides that make any recipe small."""
 
 

@@ -15,13 +15,13 @@ MODULES = {
 }
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("block", "errors", "files", "flow", "keys", "times", "environment", "interrupts", "launch", "console"),
+    ("block", "errors", "files", "flow", "keys", "times", "sources", "environment", "interrupts", "launch", "console"),
     ("networks", "data", "sampling", "evaluation.config", "networks.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.config"),
     ("config", "recipes"),
     ("teachers", "students", "evaluation"),
     ("distill",),
-    ("workflows", "doctor", "bench"),
+    ("workflows", "doctor", "bench", "bench_network", "bench_loader"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -39,7 +39,7 @@ SEPARATE = {
 """Parts that do not see each other although the layers would let them."""
 
 HEAVY = {"torch", "numpy", "matplotlib", "accelerate", "safetensors", "torchvision", "torchmetrics", "cleanfid", "PIL"}
-OPTIONAL = {"torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb"}
+OPTIONAL = {"torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers"}
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:
@@ -125,6 +125,8 @@ LIGHT = [
         "fewstep.cli",
         "fewstep.commands.shared",
         "fewstep.commands.bench",
+        "fewstep.commands.bench_loader",
+        "fewstep.commands.data",
         "fewstep.block",
         "fewstep.errors",
         "fewstep.console",
@@ -179,6 +181,9 @@ def test_kinds_become_classes_through_literal_dictionaries() -> None:
         ("fewstep.distill.trackers", "OPENS"),
         ("fewstep.networks.build", "NETWORKS"),
         ("fewstep.config", "TRAINS"),
+        ("fewstep.data.load", "LOADS"),
+        ("fewstep.data.load", "OPENS"),
+        ("fewstep.data.detect", "CONFIGS"),
     ],
 )
 def test_each_table_of_kinds_is_written_out(module: str, name: str) -> None:
@@ -186,7 +191,8 @@ def test_each_table_of_kinds_is_written_out(module: str, name: str) -> None:
     table = next(
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) == name
     )
     assert isinstance(table, ast.Dict)
     assert all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in table.keys)

@@ -15,7 +15,7 @@ TOY = """\
 name: toy
 data: {kind: toy, name: mixture}
 teacher: {kind: analytic}
-student: {kind: average_velocity, init: scratch, network: {width: 16, depth: 1}}
+student: {kind: average_velocity, init: scratch, network: {kind: mlp, width: 16, depth: 1}}
 objective: {kind: meanflow}
 """
 

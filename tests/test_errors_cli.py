@@ -72,7 +72,7 @@ def test_a_folder_or_file_that_is_no_teacher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("teacher", ["{kind: analytic}", "{kind: analytic, guidance: 2}"])
 def test_no_closed_form_for_digits(teacher: str, tmp_path: Path) -> None:
-    scratch = ("student.init=scratch", "student.network={width: 16, depth: 1}", "objective.velocity=teacher")
+    scratch = ("student.init=scratch", "student.network={kind: mlp, width: 16, depth: 1}", "objective.velocity=teacher")
     refuse(
         *("distill", "digits-meanflow", f"teacher={teacher}", *scratch, "--out", tmp_path / "run"),
         says=("analytic", "digits", "mixture"),
@@ -91,7 +91,7 @@ def test_guidance_without_classes(tmp_path: Path) -> None:
 
 
 def test_a_student_of_another_network_than_its_teacher(trained: Path, tmp_path: Path) -> None:
-    overrides = (*student(trained / "teacher"), "student.network={width: 32, depth: 1}")
+    overrides = (*student(trained / "teacher"), "student.network={kind: mlp, width: 32, depth: 1}")
     refuse("distill", "digits-meanflow", *overrides, "--out", tmp_path / "run", says=("student.network", "scratch"))
     assert not (tmp_path / "run").exists()
 

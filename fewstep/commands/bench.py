@@ -15,6 +15,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure fewstep itself.", ri
 
 DEFAULT_BENCH = "digits-teacher"
 
+Ledger = Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")]
+
 
 @bench_app.command("train")
 def bench_train(
@@ -28,7 +30,7 @@ def bench_train(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs of segments, one of each loop.")] = 40,
     segment: Annotated[int, typer.Option("--segment", min=1, help="Steps of a segment.")] = 10,
     threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads of both (0: train.threads).")] = 0,
-    ledger: Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")] = None,
+    ledger: Ledger = None,
     max_overhead: Annotated[
         float | None, typer.Option("--max-overhead", help="Exit 4 if the median overhead exceeds this percentage.")
     ] = None,
@@ -65,8 +67,66 @@ def bench_train(
         say(bench_title(bench))
         stderr().print(bench_table(bench))
         if ledger is not None:
-            append_row(ledger, bench)
+            append_row(ledger, bench.to_json())
         if as_json:
             emit_json(bench.to_json())
         if max_overhead is not None and not bench.overhead.median <= max_overhead:
             raise GateFailed(f"the training loop costs {bench.overhead.median:.2f} %, above {max_overhead:g} %")
+
+
+@bench_app.command("network")
+def bench_network(
+    sizes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Named networks (default: all that take the shape).", metavar="[SIZE ...]"),
+    ] = None,
+    shape: Annotated[str, typer.Option("--shape", help="Shape of a sample: C,H,W of images, D of points.")] = "3,32,32",
+    classes: Annotated[int, typer.Option("--classes", min=0, help="Classes (0: unconditional).")] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples of a batch.")] = 4,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Rounds in which every network takes its turn.")
+    ] = 10,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")] = 0,
+    ledger: Ledger = None,
+    as_json: AsJson = False,
+) -> None:
+    """What networks cost: parameters, operations per sample, and the time of a batch on this machine.
+
+    Timed are a forward pass, a training step (forward, backward and AdamW) and the derivative along the path that
+    MeanFlow needs; printed are medians and quartiles over the rounds. A multiply-add counts as two operations.
+    Sizes that share a last word, such as flot-mini and unet-mini, are pairs of about equal parameters.
+
+    Example: fewstep bench network flot-tiny unet-tiny --shape 1,8,8 --batch-size 128
+    """
+    with user_errors():
+        from fewstep.bench import append_row
+        from fewstep.bench_network import bench_networks, network_table, network_title
+        from fewstep.files import check_folder
+        from fewstep.workflows import default_device
+
+        if ledger is not None:
+            check_folder(ledger.absolute().parent)
+        with meter("bench network") as shown:
+            bench = bench_networks(
+                sizes or [],
+                _shape(shape),
+                classes=classes,
+                batch_size=batch_size,
+                repeats=repeats,
+                device=default_device(),
+                threads=threads,
+                report=lambda done, total: shown.update(done, total, "rounds"),
+            )
+        say(network_title(bench))
+        stderr().print(network_table(bench))
+        if ledger is not None:
+            append_row(ledger, bench.to_json())
+        if as_json:
+            emit_json(bench.to_json())
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sides = text.split(",")
+    if not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise UsageError(f"--shape takes sizes such as 3,32,32, got '{text}'")
+    return tuple(map(int, sides))

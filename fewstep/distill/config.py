@@ -5,15 +5,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fewstep.block import Block, SolverName
+from fewstep.teachers.config import NoiseConfig
 
 
-class UniformTimes(Block):
+class TimesBlock(Block):
+    """``shift = a`` maps the times drawn by ``t -> a t / (1 + (a - 1) t)``; above 1 it moves them towards noise."""
+
+    shift: float = Field(1.0, gt=0)
+
+
+class UniformTimes(TimesBlock):
     """``t`` uniform on (0, 1)."""
 
     kind: Literal["uniform"] = "uniform"
 
 
-class LogitNormalTimes(Block):
+class LogitNormalTimes(TimesBlock):
     """``logit t ~ N(mean, std^2)``."""
 
     kind: Literal["logit_normal"] = "logit_normal"
@@ -21,17 +28,75 @@ class LogitNormalTimes(Block):
     std: float = Field(1.0, gt=0)
 
 
+class TruncatedLogNormalTimes(TimesBlock):
+    """``ln sigma ~ N(mean, std^2)`` between ``sigma_min`` and ``sigma_max``, ``sigma = t / (1 - t)``. The defaults are
+    EDM's."""
+
+    kind: Literal["truncated_log_normal"] = "truncated_log_normal"
+    mean: float = -1.2
+    std: float = Field(1.2, gt=0)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TruncatedLogNormalTimes":
+        if self.sigma_max <= self.sigma_min:
+            raise ValueError(f"sigma_max {self.sigma_max:g} is not above sigma_min {self.sigma_min:g}")
+        return self
+
+
+class UShapedTimes(TimesBlock):
+    """Density in proportion to ``exp(a t) + exp(a (1 - t))``, ``a = sharpness``: most draws near both ends."""
+
+    kind: Literal["u_shaped"] = "u_shaped"
+    sharpness: float = Field(4.0, gt=0, le=100)
+
+
 JvpMode = Literal["forward", "finite_difference"]
 """How an objective takes the derivative of its student along the path."""
 
-TimesConfig = Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="kind")]
+TimesConfig = Annotated[
+    UniformTimes | LogitNormalTimes | TruncatedLogNormalTimes | UShapedTimes, Field(discriminator="kind")
+]
+
+
+class NoWeighting(Block):
+    """Every time counts the same."""
+
+    kind: Literal["none"] = "none"
+
+
+class CurvatureConfig(Block):
+    """Weights that follow the curvature of the flow to the given ``power``, from ``warmup_steps`` on; it is estimated
+    on the share ``probed`` of each batch, three evaluations each (``jvp: forward`` costs about as much)."""
+
+    kind: Literal["curvature"] = "curvature"
+    power: float = Field(0.5, ge=0, le=2)
+    warmup_steps: int = Field(500, ge=0)
+    probed: float = Field(0.25, gt=0, le=1)
+    jvp: JvpMode = "finite_difference"
+    jvp_step: float = Field(5e-3, gt=0, le=0.1)
+
+
+WeightingConfig = Annotated[NoWeighting | CurvatureConfig, Field(discriminator="kind")]
+
+PathName = Literal["linear", "cosine", "variance_preserving"]
 
 
 class FlowMatchingConfig(Block):
-    """Flow matching: trains a teacher. ``label_dropout`` prepares it for guidance."""
+    """Flow matching: trains a teacher. ``label_dropout`` prepares it for guidance.
+
+    ``path`` is the one whose velocity is regressed and which ``times`` belong to; the teacher works on the linear path
+    whatever it is. ``contrast`` is the weight of contrastive flow matching (0: off; the paper's is 0.05), between
+    samples of one group of ``noise.group_size``.
+    """
 
     kind: Literal["flow_matching"] = "flow_matching"
+    path: PathName = "linear"
     times: TimesConfig = UniformTimes()
+    noise: NoiseConfig = NoiseConfig()
+    contrast: float = Field(0.0, ge=0, lt=1)
+    weighting: WeightingConfig = NoWeighting()
     label_dropout: float = Field(0.1, ge=0, lt=1)
 
 

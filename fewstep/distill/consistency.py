@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
+from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.shards import local
 from fewstep.flow import LINEAR, VelocityField, expand
@@ -42,6 +43,7 @@ class ConsistencyDistillation(Objective):
         total_steps: int = 1,
         target_decay: float,
         huber: float,
+        noise: Noise = gaussian_noise,
     ) -> None:
         super().__init__()
         self.student = student
@@ -52,12 +54,13 @@ class ConsistencyDistillation(Objective):
         self.total_steps = total_steps
         self.target_decay = target_decay
         self.huber = huber
+        self.noise = noise
         # In a tuple, so that it is not a submodule: the target is neither trained nor prepared.
         self._target = (copy.deepcopy(student).requires_grad_(False),) if target_decay else ()
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         x = batch.x
-        e = key.normal("noise", batch.index, tuple(x.shape[1:]))
+        e = self.noise(batch, key)
         nodes = self.nodes_at(key.step)
         node = (key.uniform("time", batch.index) * nodes).floor().to(x)
         t, r = 1 - node / nodes, 1 - (node + 1) / nodes

@@ -2,16 +2,18 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import fewstep
-from fewstep.checkpoint import RunDirectory, Tensors, write_model
+from fewstep.checkpoint import DATA_MEAN, RunDirectory, Tensors, write_model
 from fewstep.config import RunConfig, config_yaml
 from fewstep.data.dataset import Dataset
 from fewstep.environment import commit
 from fewstep.files import digest
 from fewstep.networks.build import parameter_count
 from fewstep.students.model_card import model_readme
+from fewstep.teachers.config import NoiseConfig
 from fewstep.teachers.load import Teacher
 
 RULES = {"velocity": "ode", "average_velocity": "jumps", "consistency": "renoise"}
@@ -54,6 +56,7 @@ def export(
         "params": parameter_count(student),
         "data": {"name": data.name, "shape": list(data.shape), "num_classes": data.num_classes, "kind": data.kind},
         "convention": "t=0 data, t=1 noise, v=e-x",
+        "noise": noise_config(config, teacher).model_dump(mode="json"),
         "guidance": 1.0 if teacher is None else teacher.guidance,
         "teacher": None if teacher is None else teacher.name,
         "teacher_digest": None if teacher is None else teacher.digest,
@@ -62,4 +65,23 @@ def export(
         "train": {"steps": steps, "samples": steps * config.train.batch_size, "seconds": round(seconds, 3)},
     }
     weights = {file: exported[serves] for serves, file in files.items()}
+    if config.objective.kind == "flow_matching" and config.objective.contrast:
+        card["contrast"] = config.objective.contrast
+        weights[DATA_MEAN] = {"mean": data_mean(data)}
     write_model(run.model, card, sampler, weights, model_readme(card, sampler))
+
+
+def noise_config(config: RunConfig, teacher: Teacher | None) -> NoiseConfig:
+    """The noise of a run: a teacher's own, and a student's from its teacher."""
+    if config.objective.kind == "flow_matching":
+        return config.objective.noise
+    return NoiseConfig() if teacher is None else teacher.noise
+
+
+def data_mean(data: Dataset) -> Tensor:
+    """``E[x]``, ``[*D]`` float32, over all samples as training sees them."""
+    total = torch.zeros(data.shape, dtype=torch.float64)
+    for rows in torch.arange(len(data.x)).split(4096):
+        total += data.samples(rows).double().sum(dim=0).cpu()
+    mean = total / len(data.x)
+    return ((mean + mean.flip(-1)) / 2 if data.flip else mean).float()

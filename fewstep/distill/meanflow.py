@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
+from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.objective import LossOutput, Objective, root_mean_square
 from fewstep.distill.tangent import Derivative, forward_derivative
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
-from fewstep.times import Times, jump_rows, sample_times
+from fewstep.times import Times, jump_rows, sample_pairs
 
 
 class MeanFlow(Objective):
@@ -35,6 +36,7 @@ class MeanFlow(Objective):
         weight_power: float,
         weight_offset: float,
         derivative: Derivative = forward_derivative,
+        noise: Noise = gaussian_noise,
     ) -> None:
         super().__init__()
         self.student = student
@@ -44,6 +46,7 @@ class MeanFlow(Objective):
         self.weight_power = weight_power
         self.weight_offset = weight_offset
         self.derivative: Derivative = derivative
+        self.noise = noise
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         jump = jump_rows(batch.index, self.jump_fraction)
@@ -53,11 +56,9 @@ class MeanFlow(Objective):
         index, x = batch.index[order], batch.x[order]
         label = None if batch.label is None else batch.label[order]
 
-        e = key.normal("noise", index, tuple(x.shape[1:]))
-        first = sample_times(self.times, key, "time", index)
-        second = sample_times(self.times, key, "second_time", index)
-        t = torch.maximum(first, second)
-        r = torch.where(jump[order], torch.minimum(first, second), t)
+        e = self.noise(batch, key)[order]
+        pairs = sample_pairs(self.times, key, index, jump[order])
+        t, r = pairs.t, pairs.r
 
         point = LINEAR.sample(x, e, t)
         v = point.v

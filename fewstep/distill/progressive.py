@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
+from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.objective import LossOutput, Objective, mean_square
 from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, expand, uniform_grid
 from fewstep.keys import Key
@@ -40,18 +41,19 @@ class ProgressiveStage(Objective):
     Guidance belongs to the teacher, and is thereby folded into the student.
     """
 
-    def __init__(self, student: nn.Module, *, teacher: FlowMap, steps: int) -> None:
+    def __init__(self, student: nn.Module, *, teacher: FlowMap, steps: int, noise: Noise = gaussian_noise) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.steps = steps
+        self.noise = noise
         fine = uniform_grid(2 * steps).tolist()
         for t, m in pairwise(fine):
             teacher.domain.check(t, m)
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         x = batch.x
-        e = key.normal("noise", batch.index, tuple(x.shape[1:]))
+        e = self.noise(batch, key)
         node = (key.uniform("time", batch.index) * self.steps).floor().to(torch.int64)
         fine = uniform_grid(2 * self.steps).to(x.device)
         t, m, s = fine[2 * node], fine[2 * node + 1], fine[2 * node + 2]

@@ -22,10 +22,11 @@ from fewstep.checkpoint import (
     write_tensors,
 )
 from fewstep.config import RunConfig, config_changes, config_yaml, read_config
+from fewstep.console import say
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.averages import keep_snapshot
-from fewstep.distill.export import export
+from fewstep.distill.export import export, noise_config
 from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
 from fewstep.distill.shards import gathered
@@ -164,6 +165,7 @@ def check_training(
         raise UsageError(f"train.batch_size {config.train.batch_size} does not divide among {among}")
     data = load_data(config.data)
     teacher = None if config.teacher is None else load_teacher(config.teacher, config.data, data, device)
+    _check_groups(config, teacher, shares)
     student = _build_student(config, teacher, data)
     stages = plan(config, teacher, data)
     empty = next((stage for stage in stages if stage.steps < 1), None)
@@ -172,6 +174,20 @@ def check_training(
     if first_steps(stages)[-1] >= 2**32:
         raise UsageError(f"{first_steps(stages)[-1]} optimiser steps are too many: the random keys end at 2^32")
     return Request(data, teacher, student, stages)
+
+
+def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> None:
+    """Pairs are made within groups of samples: every microbatch has to hold whole ones."""
+    noise = noise_config(config, teacher)
+    contrast = config.objective.contrast if config.objective.kind == "flow_matching" else 0.0
+    size = config.train.batch_size // shares
+    if (noise.coupling.kind != "independent" or contrast) and size % noise.group_size:
+        raise UsageError(
+            f"a microbatch of {size} samples does not hold whole groups of {noise.group_size}: change train.batch_size"
+            + (" or objective.noise.group_size" if config.objective.kind == "flow_matching" else "")
+        )
+    if noise.coupling.kind != "independent" and config.objective.kind == "consistency":
+        say("warning: the teacher pairs noise with data, so re-noising (more than 1 step) leaves its flow")
 
 
 def _train_stages(

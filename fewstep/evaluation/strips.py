@@ -13,16 +13,16 @@ _SIDE = 96  # pixels of a points picture
 _EXTENT = 1.5  # which covers the square [-1.5, 1.5]^2
 
 
-def samples_strip(samples: Tensor, kind: Literal["image", "points"]) -> str | None:
+def samples_strip(samples: Tensor, kind: Literal["image", "points", "latents"]) -> str | None:
     """Base64 PNG of the first samples side by side (uint8 NCHW), or of the density of 2-D points (float ``[N, 2]``).
 
-    None for points of another dimension.
+    None for points of another dimension, and for latents.
     """
     picture = _tiles(samples[:COUNT], COUNT) if kind == "image" else _density(samples)
     return None if picture is None else base64.b64encode(_png(picture)).decode()
 
 
-def samples_grid(samples: Tensor, kind: Literal["image", "points"]) -> bytes | None:
+def samples_grid(samples: Tensor, kind: Literal["image", "points", "latents"]) -> bytes | None:
     """PNG of all samples in rows of ten, small images enlarged to be seen; points as in ``samples_strip``."""
     picture = _tiles(samples, COUNT) if kind == "image" else _density(samples)
     if picture is None:

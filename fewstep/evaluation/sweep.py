@@ -20,11 +20,13 @@ from fewstep.evaluation.frechet import Moments, frechet_distance, moments
 from fewstep.evaluation.kernel import kernel_distance
 from fewstep.evaluation.neighbours import manifold_metrics, radii
 from fewstep.evaluation.quantise import to_uint8
+from fewstep.evaluation.reference import real_features
 from fewstep.evaluation.results import Measured, Row
 from fewstep.evaluation.speed import latency_ms
 from fewstep.evaluation.strips import samples_strip
+from fewstep.evaluation.transport import STRAIGHTNESS_SAMPLES, straightness, wasserstein2
 from fewstep.keys import Key
-from fewstep.sampling import Sampler
+from fewstep.sampling import OdeSampler, Sampler
 
 K_PRECISION_RECALL = 3
 K_DENSITY_COVERAGE = 5
@@ -97,13 +99,14 @@ def sweep(
     anchor: Tensor | None = None
     rows = []
     for candidate in candidates:
+        bent = straightness_of(candidate.sampler, data, seed, device)
         for steps in sorted(candidate.steps, reverse=True):
             drawn = draw(
                 candidate.sampler, steps, data, n=config.n, batch_size=config.batch_size, seed=seed, device=device
             )
             if candidate.role == "teacher" and anchor is None:
                 anchor = drawn.x
-            row = measure(candidate, steps, drawn, references, data, anchor, seed=seed, device=device)
+            row = measure(candidate, steps, drawn, references, data, anchor, bent, seed=seed, device=device)
             rows.append(row)
             report(row, len(rows), total)
     rows.sort(key=lambda row: (row.role != "teacher", [c.name for c in candidates].index(row.model), row.steps))
@@ -116,7 +119,7 @@ def draw(
     """Samples ``0 .. n - 1`` of a seed, in batches that change nothing but the speed."""
     parts, labels, rates, nfe = [], [], [], 0
     for indices in torch.arange(n, device=device).split(batch_size):
-        noise = Key(seed).normal("noise", indices, data.shape)
+        noise = sampler.source(Key(seed), "noise", indices, data.shape)
         label = indices % data.num_classes if data.num_classes else None
         _synchronise(device)
         began = time.perf_counter()
@@ -130,6 +133,15 @@ def draw(
     return Drawn(torch.cat(parts), torch.cat(labels) if labels else None, nfe, statistics.median(rates))
 
 
+def straightness_of(sampler: Sampler, data: Dataset, seed: int, device: torch.device) -> float | None:
+    """How straight a velocity field's own paths are, from a few of the seed's samples; None for a flow map."""
+    if not isinstance(sampler, OdeSampler):
+        return None
+    index = torch.arange(STRAIGHTNESS_SAMPLES, device=device)
+    noise = sampler.source(Key(seed), "noise", index, data.shape)
+    return straightness(sampler.field, noise, index % data.num_classes if data.num_classes else None)
+
+
 def measure(
     candidate: Candidate,
     steps: int,
@@ -137,11 +149,12 @@ def measure(
     references: list[ReferenceFeatures],
     data: Dataset,
     anchor: Tensor | None,
+    bent: float | None = None,
     *,
     seed: int,
     device: torch.device,
 ) -> Row:
-    """All metrics of one set of samples, from one pass through each extractor."""
+    """All metrics of one set of samples, from one pass through each extractor; ``bent`` is its field's straightness."""
     metrics: dict[str, float] = {}
     images = quantised(drawn.x, data)
     for reference in references:
@@ -151,6 +164,10 @@ def measure(
         if isinstance(extractor, Classifier) and drawn.label is not None:
             logits = extractor.logits(features)
             metrics[metric_name("accuracy", extractor.name)] = class_accuracy(logits, drawn.label)
+        if data.kind == "points":
+            metrics[metric_name("w2", extractor.name)] = wasserstein2(reference.features, features)
+    if bent is not None:
+        metrics["straightness"] = bent
     if candidate.role == "student" and anchor is not None:
         metrics["teacher_gap"] = float((drawn.x.double() - anchor.double()).square().mean().sqrt())
     return Row(
@@ -178,8 +195,7 @@ def quantised(x: Tensor, data: Dataset) -> Tensor:
 
 
 def reference_features(extractor: FeatureExtractor, data: Dataset, device: torch.device) -> ReferenceFeatures:
-    real = data.x.to(device)
-    features = extract(extractor, quantised(real, data) if extractor.takes == "uint8" else real)
+    features = torch.cat(list(real_features(extractor, data, device)))
     return ReferenceFeatures(
         extractor, features, moments(features), radii(features, max(K_PRECISION_RECALL, K_DENSITY_COVERAGE))
     )
@@ -220,7 +236,9 @@ def describe_reference(references: list[ReferenceFeatures], data: Dataset, n: in
         "floor": floor,
         "protocol": {
             "reference": "the training data themselves",
-            "quantisation": "uint8 by (127.5 x + 128), clamped, once" if data.kind == "image" else "none (points)",
+            "quantisation": "uint8 by (127.5 x + 128), clamped, once"
+            if data.kind == "image"
+            else f"none ({data.kind})",
             "frechet": "float64, covariance with n - 1, no bias correction",
             "kernel": "unbiased MMD^2, kernel (x.y / D + 1)^3, all pairs",
             "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; "

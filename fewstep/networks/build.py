@@ -1,23 +1,28 @@
 """From a network's config to its module, through one literal dict."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 
-from fewstep.networks.config import MLPConfig, NetworkConfig
+from fewstep.networks.condition_shift import ConditionShift
+from fewstep.networks.config import NetworkConfig
+from fewstep.networks.flot import FloT
 from fewstep.networks.mlp import MLP
+from fewstep.networks.unet import UNet
 
-NETWORKS = {"mlp": MLP}
+NETWORKS = {"mlp": MLP, "flot": FloT, "unet": UNet}
 
 
 def build_network(config: NetworkConfig, shape: tuple[int, ...], num_classes: int, *, two_times: bool) -> nn.Module:
     """A freshly initialised ``net(x, t, r, label)`` for samples of ``shape``; ``num_classes = 0`` is unconditional.
 
-    The initial weights depend on torch's global seed: call ``torch.manual_seed`` first.
+    The initial weights depend on torch's global seed: call ``torch.manual_seed`` first. A shape that this kind of
+    network does not take is a ``UsageError``.
     """
-    return NETWORKS[config.kind](math.prod(shape), config, num_classes, two_times=two_times)
+    net = NETWORKS[config.kind](shape, config, num_classes, two_times=two_times)
+    return ConditionShift(net, shape, num_classes) if config.condition_shift else net
 
 
 def parameter_count(net: nn.Module) -> int:
@@ -26,7 +31,7 @@ def parameter_count(net: nn.Module) -> int:
 
 def network_from_card(card: Mapping[str, Any]) -> tuple[NetworkConfig, nn.Module]:
     """The network an exported model's ``config.json`` describes, with its config; its weights are not loaded yet."""
-    config = MLPConfig.model_validate(card["network"])
+    config: NetworkConfig = TypeAdapter(NetworkConfig).validate_python(card["network"])
     data = card["data"]
     net = build_network(config, tuple(data["shape"]), data["num_classes"], two_times=card["two_times"])
     return config, net

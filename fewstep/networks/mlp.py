@@ -3,6 +3,8 @@
 Shapes: B batch, D flattened sample, W width, C width of the condition.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -39,10 +41,10 @@ class MLP(nn.Module):
     precision of ``x``.
     """
 
-    def __init__(self, dim: int, config: MLPConfig, num_classes: int, *, two_times: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], config: MLPConfig, num_classes: int, *, two_times: bool) -> None:
         super().__init__()
         self.num_classes = num_classes
-        width = config.width
+        dim, width = math.prod(shape), config.width
         # Half as wide: the projections into every block would otherwise hold more than a third of the parameters.
         condition = width // 2
         self.embed_t = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=False)

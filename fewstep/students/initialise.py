@@ -2,8 +2,8 @@
 
 from torch import nn
 
-SECOND_TIME = "embed_gap."
-"""Prefix of the parameters a two-time network has beyond its one-time teacher. They end in a zero layer."""
+SECOND_TIME = "embed_gap"
+"""The module that a two-time network has beyond its one-time teacher. It ends in a zero layer."""
 
 
 def copy_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -13,7 +13,7 @@ def copy_teacher(student: nn.Module, teacher: nn.Module) -> None:
     Raises ``ValueError`` if anything but the second-time embedding is missing, left over or of another shape.
     """
     source, target = teacher.state_dict(), student.state_dict()
-    missing = [name for name in target if name not in source and not name.startswith(SECOND_TIME)]
+    missing = [name for name in target if name not in source and SECOND_TIME not in name.split(".")]
     surplus = [name for name in source if name not in target]
     reshaped = [name for name in source if name in target and source[name].shape != target[name].shape]
     if missing or surplus or reshaped:

@@ -1,6 +1,6 @@
 """An exported model, teacher or student, as a sampler."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from fewstep.errors import UsageError
 from fewstep.flow import FlowMap, TimeDomain
 from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.sampling import SOLVERS, MapSampler, OdeSampler, Sampler
+from fewstep.sources import SOURCES, Source
 from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
+from fewstep.teachers.config import NoiseConfig
 from fewstep.teachers.network import NetworkField, freeze
 
 
@@ -38,7 +40,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
             name=str(card["name"]),
             role=str(card["role"]),
             objective=str(card["objective"]),
-            sampler=_sampler(exported, device),
+            sampler=replace(_sampler(exported, device), source=_source(exported)),
             guidance=float(card["guidance"]),
             digest=exported.digest(),
             params=parameter_count(network_from_card(card)[1]),
@@ -46,7 +48,12 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
         )
 
 
-def _sampler(exported: ExportedModel, device: torch.device) -> Sampler:
+def _source(exported: ExportedModel) -> Source:
+    """The noise its samples start from."""
+    return SOURCES[NoiseConfig.model_validate(exported.card.get("noise", {})).source]
+
+
+def _sampler(exported: ExportedModel, device: torch.device) -> OdeSampler | MapSampler:
     role, spec = exported.card["role"], exported.sampler
     if role == "teacher":
         if spec["solver"] not in SOLVERS:

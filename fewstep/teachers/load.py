@@ -1,6 +1,7 @@
 """From a teacher config to a frozen velocity field."""
 
 import copy
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fewstep.checkpoint import damage_in, read_model
+from fewstep.checkpoint import DATA_MEAN, damage_in, read_model
 from fewstep.config import recipe_names
 from fewstep.data.config import DataConfig, ToyConfig
 from fewstep.data.dataset import Dataset
@@ -16,11 +17,12 @@ from fewstep.data.toys import EIGHT_GAUSSIANS, MIXTURE, MIXTURE_1D
 from fewstep.errors import UsageError, nearest
 from fewstep.files import digest
 from fewstep.flow import VelocityField
-from fewstep.networks.build import network_from_card
+from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.networks.config import NetworkConfig
 from fewstep.networks.embeddings import to_bfloat16
 from fewstep.teachers.analytic import MixtureTeacher
-from fewstep.teachers.config import AnalyticTeacher, RunTeacher, TeacherConfig
+from fewstep.teachers.config import AnalyticTeacher, NoiseConfig, RunTeacher, TeacherConfig
+from fewstep.teachers.contrastive import CorrectedField
 from fewstep.teachers.guided import guided
 from fewstep.teachers.network import NetworkField, freeze
 
@@ -33,6 +35,7 @@ class Teacher:
     """A frozen velocity field (guidance included) and what it is.
 
     ``net`` and ``network`` are None for an analytic teacher; ``digest`` identifies the weights (or the formula).
+    ``noise`` is what it was trained on.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Teacher:
     guidance: float
     digest: str
     params: int
+    noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
 
 
 def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, device: torch.device) -> Teacher:
@@ -87,8 +91,20 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
             f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes"
         )
     field = guided(NetworkField(evaluated), config.guidance, classes or None)
-    params = sum(parameter.numel() for parameter in net.parameters())
-    return Teacher(str(card["name"]), field, net, network, config.guidance, exported.digest(), params)
+    with damage_in(exported.folder):
+        noise = NoiseConfig.model_validate(card.get("noise", {}))
+        if card.get("contrast") and config.correct_contrast:
+            field = CorrectedField(field, card["contrast"], exported.weights(DATA_MEAN)["mean"].to(device))
+    return Teacher(
+        name=str(card["name"]),
+        field=field,
+        net=net,
+        network=network,
+        guidance=config.guidance,
+        digest=exported.digest(),
+        params=parameter_count(net),
+        noise=noise,
+    )
 
 
 def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:

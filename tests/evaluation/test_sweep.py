@@ -18,6 +18,7 @@ from fewstep.evaluation.strips import samples_grid, samples_strip
 from fewstep.evaluation.sweep import Candidate, draw, real_floor, reference_features, sweep
 from fewstep.keys import Key
 from fewstep.sampling import Samples
+from fewstep.sources import Source, gaussian
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,7 @@ class Shifted:
     scale: float
     offset: float
     name: str = "shifted"
+    source: Source = gaussian
 
     def check(self, steps: int) -> None:
         if steps == 3:

@@ -131,7 +131,7 @@ def direction(metric: str) -> Literal["lower", "higher"] | None:
     """Which way is better. Density has no better way: its ideal is one."""
     if metric.startswith(("precision", "recall", "coverage")) or metric in ("is", "authpct"):
         return "higher"
-    distance = metric.startswith(("fid", "fd_", "sfid", "kid", "kd_", "cmmd"))
+    distance = metric.startswith(("fid", "fd_", "sfid", "kid", "kd_", "cmmd", "w2", "straightness"))
     return "lower" if distance or is_gap(metric) else None
 
 

@@ -1,0 +1,135 @@
+"""How fast batches come from where data may lie, beside what a training step would consume."""
+
+import datetime
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fewstep.bench import Spread, spread, synchronise
+from fewstep.data.config import ShardsConfig
+from fewstep.data.dataset import BatchSource, Dataset, Residence
+from fewstep.data.encoded import Reported, unreported
+from fewstep.data.prepare import write_shards
+from fewstep.data.shards import load_shards
+from fewstep.data.stream import stream_of
+from fewstep.environment import describe_environment
+
+WARM_UP_STEPS = 5
+COUNT = 8192
+SHARDS = 4
+
+
+@dataclass(frozen=True)
+class LoaderRate:
+    """Batches of images of one size from one place: how many come per second if nothing else is done, and how long one
+    is waited for if a step of ``LoaderBench.work_ms`` lies between them."""
+
+    size: int
+    place: str
+    images_per_s: Spread
+    wait_ms: Spread
+
+
+@dataclass(frozen=True)
+class LoaderBench:
+    """Rates of colour images, half of them mirrored, from memory and from shards, with and without the thread."""
+
+    device: str
+    threads: int
+    batch_size: int
+    repeats: int
+    work_ms: float
+    rates: tuple[LoaderRate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """With where and when it was measured: a row of the ledger."""
+        today = datetime.date.today().isoformat()
+        return {"date": today, "bench": "loader", **asdict(self), "environment": describe_environment()}
+
+
+def bench_loader(
+    sizes: tuple[int, ...] = (32, 64),
+    *,
+    batch_size: int = 128,
+    repeats: int = 40,
+    work_ms: float = 20.0,
+    device: torch.device,
+    report: Reported = unreported,
+) -> LoaderBench:
+    """Measure ``repeats`` batches of each kind, and as many with a pause of ``work_ms`` between them.
+
+    The pause stands for a training step that leaves the processor alone, as one on a GPU does. Images are
+    random, and their shards are in the page cache: what is measured is the work of the loader and not a disk.
+    """
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            memory = _images(size)
+            path = Path(folder) / str(size)
+            write_shards(stream_of(memory, "bench"), path, "bench", shard_size=COUNT // SHARDS)
+            mapped = load_shards(ShardsConfig(path=str(path), flip=True), path, "bench")
+            places: tuple[tuple[str, Dataset, Residence], ...] = (
+                ("memory, on the device", memory, "device"),
+                ("memory, by the thread", memory, "host"),
+                ("shards, as asked for", mapped, "device"),
+                ("shards, by the thread", mapped, "host"),
+            )
+            for place, data, resident in places:
+                source = BatchSource(data, batch_size, 0, device=device, resident=resident)
+                taken = _times(source, repeats, 0.0, device)
+                waited = _times(source, repeats, work_ms / 1e3, device)
+                source.close()
+                rates.append(
+                    LoaderRate(
+                        size=size,
+                        place=place,
+                        images_per_s=spread([batch_size / seconds for seconds in taken]),
+                        wait_ms=spread([1e3 * seconds for seconds in waited]),
+                    )
+                )
+                report(len(rates), len(sizes) * len(places))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return LoaderBench(name, torch.get_num_threads(), batch_size, repeats, work_ms, tuple(rates))
+
+
+def loader_title(bench: LoaderBench) -> str:
+    """For people: what was measured."""
+    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
+    return f"batches of {bench.batch_size}, {where}; {bench.repeats} of each kind"
+
+
+def loader_table(bench: LoaderBench) -> Table:
+    """For people: medians with quartiles."""
+    table = Table()
+    for head in ("images", "from", "images/s", "quartiles", f"ms waited after {bench.work_ms:g} ms of work"):
+        table.add_column(head, justify="left" if head in ("images", "from") else "right")
+    for rate in bench.rates:
+        speed = rate.images_per_s
+        quartiles = f"{speed.low:,.0f} to {speed.high:,.0f}"
+        table.add_row(
+            f"3x{rate.size}x{rate.size}", rate.place, f"{speed.median:,.0f}", quartiles, f"{rate.wait_ms.median:.3f}"
+        )
+    return table
+
+
+def _images(size: int) -> Dataset:
+    rows = torch.arange(COUNT)
+    x = torch.randint(256, (COUNT, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Dataset(f"{size}x{size}", x, rows % 10, 10, kind="image", flip=True)
+
+
+def _times(source: BatchSource, repeats: int, pause_s: float, device: torch.device) -> list[float]:
+    """Seconds until each of ``repeats`` batches was there, asked for ``pause_s`` after the one before."""
+    taken = []
+    for step in range(WARM_UP_STEPS + repeats):
+        time.sleep(pause_s)
+        began = time.perf_counter()
+        source.batch(step)
+        synchronise(device)
+        taken.append(time.perf_counter() - began)
+    return taken[WARM_UP_STEPS:]

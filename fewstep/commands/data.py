@@ -1,0 +1,175 @@
+"""`fewstep data`: what data are, and making them ready."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.commands.shared import AsJson, Overwrite, user_errors
+from fewstep.console import emit_json, meter, say, stderr
+
+data_app = typer.Typer(no_args_is_help=True, help="Data sets: inspect, prepare, measure.", rich_markup_mode=None)
+
+
+class Channels(StrEnum):
+    grey = "1"
+    colour = "3"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, .zip, .parquet, .tar, shards or latents; or a recipe or YAML file with a data block.",
+        metavar="SOURCE",
+    ),
+]
+Size = Annotated[int | None, typer.Option("--size", min=1, help="Resize the shorter side and crop to a square.")]
+ChannelsOption = Annotated[Channels | None, typer.Option("--channels", help="Convert to grey (1) or colour (3).")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out and count them.")]
+NoLabels = Annotated[bool, typer.Option("--no-labels", help="Ignore classes.")]
+MaxImages = Annotated[int | None, typer.Option("--max-images", min=1, help="The first images alone.")]
+
+
+@data_app.command("inspect")
+def data_inspect(
+    source: Source,
+    size: Size = None,
+    channels: ChannelsOption = None,
+    skip_broken: SkipBroken = False,
+    no_labels: NoLabels = False,
+    max_images: MaxImages = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read all of a data set and say what it is. The first broken, odd or unlabelled file is an error.
+
+    Example: fewstep data inspect images.zip
+    """
+    with user_errors():
+        from fewstep.data.inspect import inspect
+        from fewstep.workflows import data_source
+
+        config = data_source(source, **_options(size, channels, skip_broken, no_labels, max_images))
+        with meter("inspect") as shown:
+            found = inspect(config, lambda done, total: shown.update(done, total, "samples"))
+        _show(found)
+        if as_json:
+            emit_json(found.to_json())
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the shards.")],
+    size: Size = None,
+    channels: ChannelsOption = None,
+    skip_broken: SkipBroken = False,
+    no_labels: NoLabels = False,
+    max_images: MaxImages = None,
+    shard_size: Annotated[
+        int | None, typer.Option("--shard-size", min=1, help="Samples per shard (default: 256 MiB of them).")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a data set as shards, which are read from disk without decoding (data.kind=shards).
+
+    Example: fewstep data prepare images/ --size 64 --out images-64
+    """
+    with user_errors():
+        from fewstep.data.prepare import prepare
+        from fewstep.workflows import data_source
+
+        config = data_source(source, **_options(size, channels, skip_broken, no_labels, max_images))
+        with meter("prepare") as shown:
+            meta = prepare(
+                config,
+                out,
+                shard_size=shard_size,
+                overwrite=overwrite,
+                report=lambda done, total: shown.update(done, total, "samples"),
+            )
+        if meta["skipped"]:
+            say(f"left out {meta['skipped']} broken images")
+        shape = "x".join(map(str, meta["shape"]))
+        shards = len(meta["shards"])
+        say(f"{meta['count']} {meta['kind']} of {shape} in {shards} shard{'s' if shards > 1 else ''} -> {out}")
+        if as_json:
+            emit_json({"data": str(out), **meta})
+
+
+@data_app.command("stats")
+def data_stats(
+    source: Source,
+    features: Annotated[
+        str | None,
+        typer.Option("--features", help="Also the mean and covariance of these features, for example pixels."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The npz file they go to (mu, sigma, n).")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")
+    ] = None,
+    size: Size = None,
+    channels: ChannelsOption = None,
+    skip_broken: SkipBroken = False,
+    no_labels: NoLabels = False,
+    max_images: MaxImages = None,
+    as_json: AsJson = False,
+) -> None:
+    """Mean and deviation per channel, images per class, the digest of the content; with --features their statistics.
+
+    Example: fewstep data stats images.zip --features pixels --out images-pixels.npz
+    """
+    with user_errors():
+        from fewstep.workflows import data_source, data_statistics
+
+        config = data_source(source, **_options(size, channels, skip_broken, no_labels, max_images))
+        with meter("stats") as shown:
+            found = data_statistics(
+                config,
+                out,
+                features=features,
+                weights=weights,
+                report=lambda done, total: shown.update(done, total, "samples"),
+            )
+        _show(found)
+        if out is not None:
+            say(f"statistics of {features} features -> {out}")
+        if as_json:
+            emit_json({**found.to_json(), **({} if out is None else {"features": features, "statistics": str(out)})})
+
+
+def _options(
+    size: int | None, channels: Channels | None, skip_broken: bool, no_labels: bool, max_images: int | None
+) -> dict[str, Any]:
+    """Fields of a data config; None where an option was not given."""
+    return {
+        "size": size,
+        "channels": None if channels is None else int(channels.value),
+        "skip_broken": skip_broken or None,
+        "labels": False if no_labels else None,
+        "max_images": max_images,
+    }
+
+
+def _show(found: Any) -> None:
+    from rich.table import Table
+
+    counts = found.class_counts
+    names = f": {', '.join(found.class_names[:10])}{', ...' if len(found.class_names) > 10 else ''}"
+    lines = {
+        "kind": found.kind,
+        "samples": f"{found.count} {found.stored} of {'x'.join(map(str, found.shape))}",
+        "classes": f"{found.num_classes}{names if found.class_names else ''}" if found.num_classes else "none",
+        "per class": f"{min(counts)} to {max(counts)}" if counts else "",
+        "stored values": f"{found.low:g} to {found.high:g}",
+        "channel means": ", ".join(f"{value:.4f}" for value in found.mean),
+        "channel deviations": ", ".join(f"{value:.4f}" for value in found.std),
+        "broken": f"{len(found.skipped)} left out, first {found.skipped[0]}" if found.skipped else "",
+        "digest": found.digest,
+    }
+    table = Table(title=found.name, show_header=False)
+    for name, text in lines.items():
+        if text:
+            table.add_row(name, text)
+    stderr().print(table)
