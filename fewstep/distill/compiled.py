@@ -11,6 +11,7 @@ from fewstep.distill.objective import Objective
 from fewstep.distill.tangent import Derivative, forward_derivative
 from fewstep.errors import EnvironmentFault, FewstepError, UsageError
 from fewstep.keys import Key
+from fewstep.networks.dropout import keyed_dropout
 
 TOLERANCE = 1e-3
 """Relative, of float32 results whose order of summation may differ. A dropped derivative is wrong by its own size."""
@@ -71,16 +72,17 @@ def _results(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor, Tensor
     """At one point per sample: the student's output, the gradient of its mean square in all parameters, and its
     derivative along the path (empty for an objective without one)."""
     student, key = objective.student, Key(0)
-    t = key.uniform("compile_time", batch.index).to(torch.float32)
-    r = t / 2
-    u = student(batch.x, t, r, batch.label)
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(u.square().mean(), parameters, allow_unused=True)
-    gradient = torch.cat([g.flatten() for g in gradients if g is not None])
-    tangent = torch.zeros(0)
-    if objective.derivative is not None:
-        v = key.normal("compile_noise", batch.index, tuple(batch.x.shape[1:]))
-        tangent = objective.derivative(student, batch.x, v, t, r, batch.label)
+    with keyed_dropout(student, key, batch.index):  # as in training, for the graphs to be the same
+        t = key.uniform("compile_time", batch.index).to(torch.float32)
+        r = t / 2
+        u = student(batch.x, t, r, batch.label)
+        parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(u.square().mean(), parameters, allow_unused=True)
+        gradient = torch.cat([g.flatten() for g in gradients if g is not None])
+        tangent = torch.zeros(0)
+        if objective.derivative is not None:
+            v = key.normal("compile_noise", batch.index, tuple(batch.x.shape[1:]))
+            tangent = objective.derivative(student, batch.x, v, t, r, batch.label)
     return u.detach(), gradient, tangent
 
 

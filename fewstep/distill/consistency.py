@@ -12,6 +12,7 @@ from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.shards import local
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
+from fewstep.networks.dropout import keyed_dropout
 from fewstep.sampling import SOLVERS, Solver
 from fewstep.students.maps import consistency_velocity
 
@@ -68,8 +69,10 @@ class ConsistencyDistillation(Objective):
         x_t = LINEAR.sample(x, e, t).x_t
         with torch.no_grad():
             x_r = SOLVERS[self.solver](self.teacher, x_t, t, r, batch.label).x
-            target = self.predict(self.target_network, x_r, r, batch.label)
-        difference = (self.predict(self.student, x_t, t, batch.label) - target).flatten(1)
+            with keyed_dropout(self.target_network, key, batch.index):
+                target = self.predict(self.target_network, x_r, r, batch.label)
+        with keyed_dropout(self.student, key, batch.index):
+            difference = (self.predict(self.student, x_t, t, batch.label) - target).flatten(1)
 
         square = difference.square().sum(dim=1)
         dim = difference.shape[1]

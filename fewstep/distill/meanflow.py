@@ -11,6 +11,7 @@ from fewstep.distill.objective import LossOutput, Objective, root_mean_square
 from fewstep.distill.tangent import Derivative, forward_derivative
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
+from fewstep.networks.dropout import keyed_dropout
 from fewstep.times import Times, jump_rows, sample_pairs
 
 
@@ -67,13 +68,15 @@ class MeanFlow(Objective):
                 v = self.velocity(point.x_t, t, label)
 
         tail = slice(diagonal, None)
-        du_dt = self.total_derivative(
-            point.x_t[tail], v[tail], t[tail], r[tail], None if label is None else label[tail]
-        )
+        with keyed_dropout(self.student, key, index[tail]):
+            du_dt = self.total_derivative(
+                point.x_t[tail], v[tail], t[tail], r[tail], None if label is None else label[tail]
+            )
         target = v.clone()
         target[tail] -= expand(t[tail] - r[tail], x) * du_dt
 
-        u = self.student(point.x_t, t, r, label)
+        with keyed_dropout(self.student, key, index):
+            u = self.student(point.x_t, t, r, label)
         residual = (u - target).flatten(1).square().sum(dim=1)
         dim = x[0].numel()
         if self.weight_power == 0:

@@ -11,6 +11,7 @@ from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.objective import LossOutput, Objective, mean_square
 from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, expand, uniform_grid
 from fewstep.keys import Key
+from fewstep.networks.dropout import keyed_dropout
 from fewstep.sampling import SOLVERS, Solver
 
 
@@ -60,7 +61,8 @@ class ProgressiveStage(Objective):
 
         x_t = LINEAR.sample(x, e, t).x_t
         target = self.target(x_t, t, m, s, batch.label)
-        loss = mean_square(self.student(x_t, t, s, batch.label) - target)
+        with keyed_dropout(self.student, key, batch.index):
+            loss = mean_square(self.student(x_t, t, s, batch.label) - target)
         return LossOutput(loss, loss.detach(), t, {})
 
     @torch.no_grad()
