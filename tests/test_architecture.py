@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "recipes"),
     ("teachers", "students", "evaluation"),
     ("distill",),
-    ("workflows", "doctor", "bench", "bench_network", "bench_loader"),
+    ("workflows", "doctor", "encode", "bench", "bench_network", "bench_loader"),
     ("commands",),
     ("cli",),
     ("__main__",),

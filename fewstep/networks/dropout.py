@@ -3,7 +3,7 @@
 Which activations of sample ``i`` a layer drops is a function of (seed, step, ``i``, layer) alone, as every random draw
 is. Outside ``keyed_dropout``, and in eval mode, nothing is dropped: sampling and plain targets need not ask for it.
 
-Shapes: B batch, L dropout layers, N activations of a sample, W 64-bit words of four activations each.
+Shapes: B batch, W 64-bit words of four activations each.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ class Dropout(nn.Module):
 def keyed_dropout(net: nn.Module, key: Key, index_B: Tensor) -> Iterator[None]:
     """Within this, dropout layers of ``net`` in train mode drop what belongs to the samples ``index_B`` of its batch.
 
-    Every call of ``net`` drops the same, a copy's too: a target or a derivative taken within sees the masks of the
-    output it is for. Costs nothing for a network that has no dropout.
+    Every call of ``net`` drops the same, and so does a copy under the same key: a target or a derivative can see the
+    masks of the output it is for. Costs nothing for a network that has no dropout.
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout) and module.of_65536]
     if not layers:
@@ -52,15 +52,15 @@ def keyed_dropout(net: nn.Module, key: Key, index_B: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, seed_B in zip(layers, before, strict=True):
-            layer.seed_B = seed_B
+        for layer, outer_B in zip(layers, before, strict=True):
+            layer.seed_B = outer_B
 
 
 def lanes(seed_B: Tensor, count: int) -> Tensor:
     """``count`` uniform 16-bit numbers per sample, int16 ``[B, count]``.
 
     SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"), four numbers to a word:
-    every activation needs one, and Philox would take longer for them than a convolution takes.
+    every activation needs one, and for so many Philox takes about as long as a convolution.
     """
     place_W = torch.arange(1, 1 - (-count // 4), device=seed_B.device)
     # int64 wraps as unsigned numbers do; only shifts to the right have to be told that there is no sign. The seed comes

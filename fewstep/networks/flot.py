@@ -129,7 +129,8 @@ class FloT(nn.Module):
         self.embed_gap = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=True) if two_times else None
         self.embed_label = nn.Embedding(num_classes + 1, condition) if num_classes else None
         self.enter = nn.Linear(channels * patch * patch, config.width)
-        self.place = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], config.width))
+        # As large as a patch's own vector: started near zero, it takes hundreds of steps to be heard.
+        self.place = nn.Parameter(0.5 * torch.randn(self.grid[0] * self.grid[1], config.width))
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.expansion, condition) for _ in range(config.depth)
         )
