@@ -19,8 +19,10 @@ from fewstep.data.encoded import Reported, unreported
 from fewstep.data.inspect import Inspection, inspect
 from fewstep.data.load import load_data
 from fewstep.data.paths import expanded
+from fewstep.data.prepare import prepare
 from fewstep.distill.averages import rebuilt, tracked
 from fewstep.distill.run import run_training
+from fewstep.encode import prepare_latents
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
 from fewstep.evaluation.config import EvaluateConfig
@@ -254,6 +256,23 @@ def data_source(source: str, **options: Any) -> DataConfig:
             raise UsageError(f"{source}: data of kind {config.kind} have no {unknown}; they have {', '.join(fields)}")
         return type(config).model_validate({**config.model_dump(), **given})
     return data_config(source, detect(expanded(source)), **given)
+
+
+def prepare_data(
+    config: DataConfig,
+    out: Path,
+    *,
+    encoder: Path | None,
+    shard_size: int | None,
+    overwrite: bool,
+    report: Reported = unreported,
+) -> dict[str, Any]:
+    """Write data as shards, or through an autoencoder as shards of latents; returns their ``meta.json``."""
+    if encoder is None:
+        return prepare(config, out, shard_size=shard_size, overwrite=overwrite, report=report)
+    return prepare_latents(
+        config, encoder, out, device=default_device(), shard_size=shard_size, overwrite=overwrite, report=report
+    )
 
 
 def data_statistics(

@@ -24,7 +24,9 @@ Source = Annotated[
         metavar="SOURCE",
     ),
 ]
-Size = Annotated[int | None, typer.Option("--size", min=1, help="Resize the shorter side and crop to a square.")]
+Size = Annotated[
+    int | None, typer.Option("--size", min=1, max=65_536, help="Resize the shorter side and crop to a square.")
+]
 ChannelsOption = Annotated[Channels | None, typer.Option("--channels", help="Convert to grey (1) or colour (3).")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out and count them.")]
 NoLabels = Annotated[bool, typer.Option("--no-labels", help="Ignore classes.")]
@@ -69,6 +71,9 @@ def data_prepare(
     shard_size: Annotated[
         int | None, typer.Option("--shard-size", min=1, help="Samples per shard (default: 256 MiB of them).")
     ] = None,
+    encoder: Annotated[
+        Path | None, typer.Option("--encoder", help="Write latents: the folder of an AutoencoderKL of diffusers.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -77,14 +82,14 @@ def data_prepare(
     Example: fewstep data prepare images/ --size 64 --out images-64
     """
     with user_errors():
-        from fewstep.data.prepare import prepare
-        from fewstep.workflows import data_source
+        from fewstep.workflows import data_source, prepare_data
 
         config = data_source(source, **_options(size, channels, skip_broken, no_labels, max_images))
         with meter("prepare") as shown:
-            meta = prepare(
+            meta = prepare_data(
                 config,
                 out,
+                encoder=encoder,
                 shard_size=shard_size,
                 overwrite=overwrite,
                 report=lambda done, total: shown.update(done, total, "samples"),

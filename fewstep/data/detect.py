@@ -48,6 +48,8 @@ def detect(path: Path) -> str:
         raise UsageError(f"{path} is no data of a known kind: .zip, .tar, .parquet, or a folder")
     if (path / META).is_file():
         return "shards" if read_meta(path).get("kind") == "images" else "latents"
+    if (path / "vae-sd").is_dir():  # REPA's, beside the images
+        return "latents"
     for file in path.rglob("*"):  # the first that tells
         relative = file.relative_to(path).as_posix()
         if is_image(relative):

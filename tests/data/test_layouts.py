@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from conftest import contents, succeed
-from written import COUNT, LAYOUTS, images
+from written import COUNT, LAYOUTS, images, png
 
 from fewstep.data.config import DataConfig, FilesConfig, ImagesConfig, ParquetConfig
 from fewstep.data.dataset import BatchSource, Dataset
@@ -132,6 +132,21 @@ def test_shards_are_mapped_and_not_read(prepared: dict[str, Path]) -> None:
         assert int((changed != before).sum()) == 1
     finally:
         file.write_bytes(content)
+
+
+def test_parquet_is_read_in_any_order_and_few_rows_are_kept(
+    laid_out: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups hold 37 rows: those of the last two are kept, however little memory is allowed."""
+    import fewstep.data.parquet
+
+    monkeypatch.setattr(fewstep.data.parquet, "_KEPT_ROWS", 50)
+    read = fewstep.data.parquet.open_parquet(ParquetConfig(path="-"), laid_out["parquet"]).read
+    x, _ = images()
+    for row in (299, 0, 150, 36, 37, 169, 170, 0, 299, *range(COUNT)):
+        assert read(row) == png(x[row])
+    rows: fewstep.data.parquet._Rows = read.__self__  # type: ignore[attr-defined]
+    assert len(rows._kept) == 2
 
 
 def test_the_first_images_alone(laid_out: dict[str, Path], prepared: dict[str, Path]) -> None:

@@ -18,12 +18,39 @@ from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import digits
 from fewstep.distill import train as trainer
 from fewstep.distill.config import TrainConfig
+from fewstep.distill.couplings import assignment, paired_noise
+from fewstep.distill.curvature import CurvatureWeighting
+from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import Objective
 from fewstep.distill.shards import full, local
+from fewstep.distill.tangent import central_difference
 from fewstep.distill.train import NonFiniteError, UnsynchronisedError, make_accelerator
+from fewstep.flow import COSINE
 from fewstep.keys import Key
+from fewstep.sources import laplace
+from fewstep.times import logit_normal
 
 STEPS = 20
+
+
+def teaching() -> Objective:
+    """Flow matching with everything that looks beyond a sample: pairs within groups of four, a contrast within them,
+    and weights that come from what all processes have seen."""
+    net = tiny.network(two_times=False)
+    return FlowMatching(
+        net,
+        times=logit_normal(0.0, 1.0),
+        label_dropout=0.1,
+        null_label=10,
+        path=COSINE,
+        noise=paired_noise(laplace, assignment(4)),
+        contrast=0.05,
+        group=4,
+        weighting=CurvatureWeighting(net, power=1.0, warmup_steps=5, probed=0.5, derivative=central_difference(5e-3)),
+    )
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {**tiny.OBJECTIVES, "teaching": teaching}
 
 
 def settings(parallel: str = "ddp", **changes: object) -> TrainConfig:
@@ -142,8 +169,12 @@ def tasks() -> dict[str, Callable[[Accelerator], dict[str, Tensor]]]:
         "accumulated meanflow fsdp2": lambda a: trained(
             tiny.meanflow(), settings("fsdp2", gradient_accumulation_steps=4), a, 3
         ),
+        "accumulated teaching ddp": lambda a: trained(teaching(), settings(gradient_accumulation_steps=4), a, 8),
+        "accumulated teaching fsdp2": lambda a: trained(
+            teaching(), settings("fsdp2", gradient_accumulation_steps=4), a, 8
+        ),
     }
-    for name, build in tiny.OBJECTIVES.items():
+    for name, build in OBJECTIVES.items():
         for parallel in ("ddp", "fsdp2"):
             config = settings(parallel)
             found[f"gradients {name} {parallel}"] = lambda a, b=build, c=config: gradients(b(), c, a)

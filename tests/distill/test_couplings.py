@@ -151,8 +151,8 @@ def test_plan_is_that_of_matrix_scaling(epsilon: float) -> None:
 @pytest.mark.parametrize("epsilon", [0.3, 0.1, 0.03, 0.01])
 def test_plan_of_a_small_epsilon_costs_what_the_assignment_costs(epsilon: float) -> None:
     """The plan minimises ``<P, C> - eps H(P)`` and the assignment is a candidate without entropy, so its cost is above
-    the assignment's by at most ``eps H(P)``; below it by no more than its columns, off by 1e-3, can save. At 0.01 hardly
-    anything but the assignment is left, and is drawn."""
+    the assignment's by at most ``eps H(P)``; below it by no more than its columns, off by 1e-3, can save. At 0.01
+    hardly anything but the assignment is left, and is drawn."""
     x, e = normal(6, 2, seed=8), normal(6, 2, seed=9)
     cost = costs(x, e)
     plan = entropic_plan(torch.from_numpy(cost)[None], epsilon, 1e-3, 20_000)[0].numpy()
@@ -221,7 +221,7 @@ def test_drawn_pairs_follow_the_plan() -> None:
 def test_a_plan_that_does_not_converge() -> None:
     """Says so and what to do, and does not go on with what it has."""
     x, e = normal(8, 2), normal(8, 2, seed=1)
-    with pytest.raises(ArithmeticError, match="not converged to 0.001 in 20 iterations: raise its epsilon"):
+    with pytest.raises(ArithmeticError, match=r"not converged to 0\.001 in 20 iterations: raise its epsilon"):
         sinkhorn(8, 1e-3, max_iterations=20)(x, e, None, KEY, torch.arange(8))
 
 

@@ -47,11 +47,11 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 @PARALLEL
-@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+@pytest.mark.parametrize("name", ranks.OBJECTIVES)
 def test_gradients_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
     """To 1e-6 relative to the whole gradient; of the network's Jacobian-vector product for MeanFlow. Measured: below
     2e-7."""
-    one = ranks.gradients(tiny.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+    one = ranks.gradients(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
     found = of(two, f"gradients {name} {parallel}")
     assert found.keys() == one.keys()
     assert len(one) > 10
@@ -60,10 +60,10 @@ def test_gradients_are_those_of_one_process(name: str, parallel: str, two: dict[
 
 
 @PARALLEL
-@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+@pytest.mark.parametrize("name", ranks.OBJECTIVES)
 def test_twenty_steps_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
     """Losses to 1e-5; weights, averages, moments and target networks as near as Adam leaves them."""
-    one = ranks.trained(tiny.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+    one = ranks.trained(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
     found = of(two, f"trained {name} {parallel}")
     assert found.keys() == one.keys()
     losses, wanted = found.pop("losses"), one.pop("losses")
@@ -97,6 +97,20 @@ def test_accumulated_gradients_on_two_processes(parallel: str, two: dict[str, Te
     """Eight microbatches of four are one batch of 32."""
     one = ranks.trained(tiny.meanflow(), ranks.settings(), make_accelerator(), 3)
     found = of(two, f"accumulated meanflow {parallel}")
+    torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-5, atol=0)
+    assert float((flat(found) - flat(one)).norm() / flat(one).norm()) < 1e-5
+
+
+@PARALLEL
+def test_what_all_processes_see_is_what_one_sees(parallel: str, two: dict[str, Tensor]) -> None:
+    """The curvature's sums, over eight steps in eight microbatches of a group each: counts are equal, being whole
+    numbers before they decay; squares, weights and everything else to the order of summation."""
+    one = ranks.trained(ranks.teaching(), ranks.settings(), make_accelerator(), 8)
+    found = of(two, f"accumulated teaching {parallel}")
+    assert {"objective.square", "objective.count"} < set(found)
+    assert float(found["objective.count"].sum()) == pytest.approx(16 * (1 - 0.99**8), rel=1e-9)
+    torch.testing.assert_close(found["objective.count"], one["objective.count"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found["objective.square"], one["objective.square"], rtol=1e-4, atol=0)
     torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-5, atol=0)
     assert float((flat(found) - flat(one)).norm() / flat(one).norm()) < 1e-5
 
