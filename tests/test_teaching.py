@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep.config import load_config, read_config
 from fewstep.data.dataset import Batch, Dataset
 from fewstep.data.load import load_data
-from fewstep.distill.couplings import Noise, assignment, gaussian_noise, paired_noise
+from fewstep.distill.couplings import Noise, assignment, gaussian_noise, paired_noise, sinkhorn
 from fewstep.distill.objective import Objective
 from fewstep.distill.plan import PLANS, plan
 from fewstep.distill.tangent import forward_derivative
@@ -26,7 +26,7 @@ from fewstep.sources import SOURCES, gaussian, laplace, sphere
 from fewstep.students.load import load_model
 from fewstep.teachers.load import load_teacher
 from fewstep.times import Times, jump_rows, logit_normal, shifted, truncated_log_normal, u_shaped, uniform
-from fewstep.workflows import sample_run
+from fewstep.workflows import evaluate_runs, sample_run
 
 CPU = torch.device("cpu")
 MOONS = (*SMALL, "train.steps=3", "data.count=200", "objective.noise.group_size=8")
@@ -122,6 +122,17 @@ def test_times_are_those_of_the_config(override: str, times: Times) -> None:
     (stage,) = plan(load_config("moons-teacher", [f"objective.times={override}"]), None, moons())
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     assert torch.equal(stage.build(Recorder(), None).times(u), times(u))
+
+
+def test_pairs_are_those_of_the_config() -> None:
+    """Epsilon and size of the groups, both unlike their defaults; the contrast is within the same groups."""
+    noise = "objective.noise={source: sphere, coupling: {kind: sinkhorn, epsilon: 0.4}, group_size: 8}"
+    (stage,) = plan(load_config("moons-teacher", [noise, "objective.contrast=0.1"]), None, moons())
+    objective, batch = stage.build(Recorder(), None), moons_batch()
+    wanted = paired_noise(sphere, sinkhorn(8, 0.4))(batch, Key(2, 3))
+    assert torch.equal(objective.noise(batch, Key(2, 3)), wanted)
+    assert not torch.equal(paired_noise(sphere, sinkhorn(8, 0.05))(batch, Key(2, 3)), wanted)
+    assert (objective.contrast, objective.group) == (0.1, 8)
 
 
 def test_weighting_is_that_of_the_config() -> None:
@@ -285,6 +296,19 @@ def test_samples_start_from_the_teachers_noise(runs: Callable[[str], Path]) -> N
         by_hand = e - model.sampler.field(e, torch.ones(6), label)
         torch.testing.assert_close(sampled.x, by_hand, rtol=0, atol=1e-6)
         assert torch.equal(sampled.label, label)
+
+
+def test_the_anchor_of_an_evaluation_starts_from_the_teachers_noise(
+    runs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A student's report has its teacher beside it: with the numbers of the teacher's own report."""
+    run = runs("coupled")
+    succeed("distill", "moons-progressive", *student_of(run, "meanflow from data"), "--out", tmp_path / "student")
+    settings = read_config(run).evaluate
+    beside, alone = (evaluate_runs([of], settings=settings) for of in (tmp_path / "student", run))
+    found, wanted = ({row.steps: row.metrics for row in of.rows if row.role == "teacher"} for of in (beside, alone))
+    assert set(found) == {4}
+    assert found[4]["fd_identity"].value == pytest.approx(wanted[4]["fd_identity"].value, rel=1e-5)
 
 
 def test_renoising_draws_from_the_teachers_noise(runs: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fewstep.commands.bench_loader import bench_loader
 from fewstep.commands.shared import AsJson, Overrides, user_errors
 from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import GateFailed, UsageError
@@ -130,3 +131,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(side.strip().isdecimal() and int(side) for side in sides):
         raise UsageError(f"--shape takes sizes such as 3,32,32, got '{text}'")
     return tuple(map(int, sides))
+
+
+bench_app.command("loader")(bench_loader)

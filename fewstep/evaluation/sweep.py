@@ -4,6 +4,7 @@ Noise and label of sample ``i`` are functions of (seed, i), so that rows are pai
 the number of steps and in nothing else. Labels are balanced, ``i mod classes``.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from fewstep.evaluation.reference import real_features
 from fewstep.evaluation.results import Measured, Row
 from fewstep.evaluation.speed import latency_ms
 from fewstep.evaluation.strips import samples_strip
-from fewstep.evaluation.transport import STRAIGHTNESS_SAMPLES, straightness, wasserstein2
+from fewstep.evaluation.transport import straightness, straightness_samples, wasserstein2
 from fewstep.keys import Key
 from fewstep.sampling import OdeSampler, Sampler
 
@@ -137,7 +138,7 @@ def straightness_of(sampler: Sampler, data: Dataset, seed: int, device: torch.de
     """How straight a velocity field's own paths are, from a few of the seed's samples; None for a flow map."""
     if not isinstance(sampler, OdeSampler):
         return None
-    index = torch.arange(STRAIGHTNESS_SAMPLES, device=device)
+    index = torch.arange(straightness_samples(math.prod(data.shape)), device=device)
     noise = sampler.source(Key(seed), "noise", index, data.shape)
     return straightness(sampler.field, noise, index % data.num_classes if data.num_classes else None)
 

@@ -277,6 +277,16 @@ def test_pairs_do_not_depend_on_microbatches_and_ranks(coupling: Coupling, sourc
     assert (rows.int().argmax(dim=1) != torch.arange(24)).any()
 
 
+@COUPLED
+def test_noise_of_a_batch_is_paired_within_its_classes(coupling: Coupling) -> None:
+    """A batch's own labels reach the coupling: a noise and its sample are of one class, in every group of six."""
+    batch = Batch(normal(60, 2).float(), LABELS.repeat(10), torch.arange(60))
+    drawn = gaussian(KEY, "noise", batch.index, (2,))
+    of = (paired_noise(gaussian, coupling)(batch, KEY)[:, None] == drawn[None]).all(dim=-1).int().argmax(dim=1)
+    assert torch.equal(batch.label[of], batch.label)
+    assert not torch.equal(of, torch.arange(60))
+
+
 def test_independent_noise_is_its_samples_own() -> None:
     """To the bit what the objectives drew before there were couplings: the normal numbers of purpose "noise"."""
     batch = Batch(normal(6, 1, 2, 2).float(), LABELS, torch.arange(100, 106))

@@ -6,7 +6,7 @@ from scipy.integrate import quad
 
 from fewstep.data.dataset import Dataset
 from fewstep.evaluation.sweep import straightness_of
-from fewstep.evaluation.transport import straightness, wasserstein2
+from fewstep.evaluation.transport import straightness, straightness_samples, wasserstein2
 from fewstep.keys import Key
 from fewstep.sampling import MapSampler, OdeSampler
 from fewstep.teachers.analytic import ExactMap, GaussianTeacher
@@ -49,7 +49,11 @@ def test_only_velocity_fields_are_asked_how_straight_they_are() -> None:
     teacher, cpu = GaussianTeacher(0.0, 0.5), torch.device("cpu")
     assert straightness_of(MapSampler({0: ExactMap(teacher)}, "jumps"), data, 0, cpu) is None
     found = straightness_of(OdeSampler(teacher), data, 0, cpu)
-    assert found == pytest.approx(straightness(teacher, Key(0).normal("noise", torch.arange(256), (2,))), rel=1e-6)
+    assert found == pytest.approx(straightness(teacher, Key(0).normal("noise", torch.arange(1024), (2,))), rel=1e-6)
+
+
+def test_fewer_samples_where_each_has_more_coordinates() -> None:
+    assert [straightness_samples(dim) for dim in (1, 2, 64, 3072)] == [1024, 1024, 128, 32]
 
 
 def test_w2_of_shifted_clouds_is_the_shift() -> None:
