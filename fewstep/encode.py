@@ -57,7 +57,9 @@ def load_encoder(folder: Path) -> Any:
     try:
         from diffusers import AutoencoderKL
     except (ImportError, RuntimeError) as error:
-        raise EnvironmentFault("encoding images needs the package diffusers: pip install 'fewstep[diffusers]'") from error
+        raise EnvironmentFault(
+            "encoding images needs the package diffusers: pip install 'fewstep[diffusers]'"
+        ) from error
     try:
         network = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # from diffusers, safetensors, or torch, whatever is wrong

@@ -395,6 +395,10 @@ def test_misspelt(override: str, says: tuple[str, ...], tmp_path: Path) -> None:
     ("override", "says"),
     [
         ("objective.times={kind: truncated_log_normal, sigma_min: 3, sigma_max: 2}", ("sigma_max 2", "sigma_min 3")),
+        (
+            "objective.times={kind: truncated_log_normal, mean: 0, std: 0.01, sigma_min: 3, sigma_max: 4}",
+            ("objective.times", "30 standard deviations"),
+        ),
         ("objective.times={kind: u_shaped, sharpness: 0}", ("objective.times.sharpness", "greater than 0")),
         ("objective.times={kind: uniform, shift: 0}", ("objective.times.shift", "greater than 0")),
         ("objective.contrast=1", ("objective.contrast", "less than 1")),

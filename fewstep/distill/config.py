@@ -1,5 +1,6 @@
 """Config of objectives and of training. Imports no torch."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -42,6 +43,9 @@ class TruncatedLogNormalTimes(TimesBlock):
     def _in_order(self) -> "TruncatedLogNormalTimes":
         if self.sigma_max <= self.sigma_min:
             raise ValueError(f"sigma_max {self.sigma_max:g} is not above sigma_min {self.sigma_min:g}")
+        low, high = ((math.log(sigma) - self.mean) / self.std for sigma in (self.sigma_min, self.sigma_max))
+        if low > 30 or high < -30:
+            raise ValueError("sigma_min to sigma_max lies more than 30 standard deviations from the mean")
         return self
 
 

@@ -8,6 +8,8 @@ Pairs are made within groups of ``group`` consecutive samples of the global batc
 process or a microbatch happens to hold: the number of processes changes nothing. Under labels they are made within a
 class, since otherwise noise would tell the class, and sampling, which draws both independently, would not.
 
+A group with a sample that is not a number is left as it is: the loss finds it, and the trainer names its row.
+
 Shapes: G groups of g samples.
 """
 
@@ -19,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fewstep.data.dataset import Batch
+from fewstep.errors import FewstepError
 from fewstep.keys import Key
 from fewstep.sources import Source, gaussian
 
@@ -51,12 +54,12 @@ def assignment(group: int) -> Coupling:
     return partial(_assignment, group=group)
 
 
-def sinkhorn(group: int, epsilon: float, tolerance: float = 1e-3, max_iterations: int = 2000) -> Coupling:
+def sinkhorn(group: int, epsilon: float, tolerance: float = 1e-3, max_iterations: int = 10_000) -> Coupling:
     """Noise drawn from the entropic plan within each group and class, ``epsilon`` relative to the mean cost.
 
     Each sample draws its noise from its own row of the plan, so the data's marginal is exact; a noise may serve several
-    samples, and its expected share is right to ``tolerance``. ``ArithmeticError`` where that many iterations do not
-    reach it.
+    samples, and its expected share is right to ``tolerance``. ``FewstepError`` where that many iterations do not reach
+    it.
     """
     return partial(_sinkhorn, group=group, epsilon=epsilon, tolerance=tolerance, max_iterations=max_iterations)
 
@@ -68,7 +71,11 @@ def _assignment(x: Tensor, e: Tensor, label_B: Tensor | None, key: Key, index_B:
     forbidden = cost_Ggg.isinf()
     cost_Ggg = cost_Ggg.masked_fill(forbidden, 0)
     cost_Ggg = cost_Ggg.masked_fill(forbidden, 2 * group * float(cost_Ggg.max()) + 1)
-    chosen = [torch.from_numpy(linear_sum_assignment(cost)[1]) for cost in cost_Ggg.cpu().numpy()]
+    as_they_are = torch.arange(group)
+    chosen = [
+        as_they_are if bool(cost.isnan().any()) else torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
+        for cost in cost_Ggg.cpu()
+    ]
     return _take(e, torch.stack(chosen).to(e.device))
 
 
@@ -86,8 +93,13 @@ def _sinkhorn(
     max_iterations: int,
 ) -> Tensor:
     # One by one: each group has the iterations that it needs, and not those of whatever other groups come with it.
-    costs = _costs(x, e, label_B, group).split(1)
-    plan_Ggg = torch.cat([entropic_plan(cost, epsilon, tolerance, max_iterations) for cost in costs])
+    as_they_are = torch.eye(group, dtype=torch.float64, device=x.device)[None]
+    plan_Ggg = torch.cat(
+        [
+            as_they_are if bool(cost.isnan().any()) else entropic_plan(cost, epsilon, tolerance, max_iterations)
+            for cost in _costs(x, e, label_B, group).split(1)
+        ]
+    )
     u_Gg1 = key.uniform("coupling", index_B).reshape(-1, group, 1)
     boundary_Ggg = plan_Ggg.cumsum(dim=-1)
     return _take(e, (u_Gg1 * boundary_Ggg[..., -1:] >= boundary_Ggg).sum(dim=-1))
@@ -107,8 +119,9 @@ def entropic_plan(cost_Ggg: Tensor, epsilon: float, tolerance: float, max_iterat
         log_Ggg = log_Ggg - log_Ggg.logsumexp(dim=2, keepdim=True)
         if iteration % 10 == 9 and bool((log_Ggg.exp().sum(dim=1) - 1).abs().max() < tolerance):
             return log_Ggg.exp()
-    raise ArithmeticError(
-        f"the entropic coupling has not converged to {tolerance:g} in {max_iterations} iterations: raise its epsilon"
+    raise FewstepError(
+        f"the entropic coupling has not converged to {tolerance:g} in {max_iterations} iterations: raise its epsilon "
+        f"above {epsilon:g}"
     )
 
 

@@ -82,14 +82,17 @@ class CurvatureWeighting:
     @torch.no_grad()
     def observe(self, x_t: Tensor, t_B: Tensor, u_B: Tensor, label_B: Tensor | None, index_B: Tensor) -> None:
         """Add the curvature at a part of the batch to what ``after_step`` will take up."""
-        rows = jump_rows(index_B, self.probed)
-        if not bool(rows.any()):
-            return
+        rows = jump_rows(index_B, self.probed).nonzero().flatten()
+        counted = len(rows) > 0
+        if not counted:  # under FSDP2 all processes evaluate, or those that do would wait for the others for ever
+            rows = torch.zeros(1, dtype=torch.int64, device=x_t.device)
         x, t, u = x_t[rows], t_B[rows], u_B[rows]
         label = None if label_B is None else label_B[rows]
         with torch.autocast(x.device.type, enabled=False):
             v = self.net(x, t, t, label)
         square = mean_square(self.derivative(self.net, x, v, t, t, label)).double()
+        if not counted:
+            return
         self._seen[0].index_add_(0, bin_of(u), square)
         self._seen[1].index_add_(0, bin_of(u), torch.ones_like(square))
 

@@ -1,5 +1,7 @@
 """What a finished training leaves: ``model/``, ready to load."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,9 +81,17 @@ def noise_config(config: RunConfig, teacher: Teacher | None) -> NoiseConfig:
 
 
 def data_mean(data: Dataset) -> Tensor:
-    """``E[x]``, ``[*D]`` float32, over all samples as training sees them."""
-    total = torch.zeros(data.shape, dtype=torch.float64)
-    for rows in torch.arange(len(data.x)).split(4096):
-        total += data.samples(rows).double().sum(dim=0).cpu()
-    mean = total / len(data.x)
-    return ((mean + mean.flip(-1)) / 2 if data.flip else mean).float()
+    """``E[x]``, ``[*D]`` float32, over all samples as training sees them, mirrored ones included."""
+
+    def mean(samples: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(data.shape, dtype=torch.float64)
+        for rows in torch.arange(len(data.x)).split(4096):
+            total += samples(rows).double().sum(dim=0)
+        return total / len(data.x)
+
+    here = mean(data.samples)
+    if not data.flip:
+        return here.float()
+    mirrored = data.mirrored
+    there = here.flip(-1) if mirrored is None else mean(replace(data, x=mirrored).samples)
+    return ((here + there) / 2).float()

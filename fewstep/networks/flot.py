@@ -20,14 +20,17 @@ def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
     """``[B, C, H, W] -> [B, N, P]``: patches row by row, and within one its channels, rows and columns."""
     batch, channels, height, width = x_BCHW.shape
     tiles = x_BCHW.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+    # Every size by its number, so that an empty batch has a shape too.
+    patches = (height // patch) * (width // patch)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, patches, channels * patch * patch)
 
 
 def unpatchify(tokens_BNP: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
     """The inverse of ``patchify``, for images of ``shape`` ``(C, H, W)``."""
     channels, height, width = shape
-    tiles = tokens_BNP.reshape(-1, height // patch, width // patch, channels, patch, patch)
-    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+    batch = len(tokens_BNP)
+    tiles = tokens_BNP.reshape(batch, height // patch, width // patch, channels, patch, patch)
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
 def angles(rows: int, columns: int, pairs: int, like: Tensor) -> Tensor:

@@ -91,12 +91,14 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
             f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes"
         )
     field = guided(NetworkField(evaluated), config.guidance, classes or None)
+    name = str(card["name"])
     with damage_in(exported.folder):
         noise = NoiseConfig.model_validate(card.get("noise", {}))
         if card.get("contrast") and config.correct_contrast:
             field = CorrectedField(field, card["contrast"], exported.weights(DATA_MEAN)["mean"].to(device))
+            name += " (corrected)"
     return Teacher(
-        name=str(card["name"]),
+        name=name,
         field=field,
         net=net,
         network=network,

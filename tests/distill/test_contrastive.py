@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.checkpoint import DATA_MEAN
 from fewstep.config import load_config
 from fewstep.data.config import DigitsConfig
-from fewstep.data.dataset import Batch, BatchSource, Dataset
+from fewstep.data.dataset import Batch, BatchSource, Dataset, LatentScale
 from fewstep.data.load import digits
 from fewstep.distill.couplings import gaussian_noise
 from fewstep.distill.export import data_mean
@@ -189,6 +189,16 @@ def test_mean_of_the_data_as_training_sees_it() -> None:
     assert not torch.allclose(data_mean(Dataset("ramp", ramp, None, 0, kind="image")).double(), seen, atol=0.2)
 
 
+def test_mean_of_latents_that_have_mirrored_copies() -> None:
+    """Half of the draws are of the mirrored image's own latent, which is not the latent's mirror image."""
+    x, mirrored = torch.full((10, 4, 2, 2), 3.0), torch.full((10, 4, 2, 2), -1.0)
+    x[..., 0], mirrored[..., 0] = 5.0, 7.0
+    scale = LatentScale.of_channels([1.0] * 4, [0.5] * 4)
+    data = Dataset("latents", x, None, 0, kind="latents", latent=scale, mirrored=mirrored, flip=True)
+    wanted = torch.tensor([(5 + 7) / 2, (3 - 1) / 2]).sub(1).mul(0.5).expand(4, 2, 2)
+    torch.testing.assert_close(data_mean(data), wanted, rtol=0, atol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------- through the command line
 
 
@@ -230,6 +240,7 @@ def test_a_contrastive_teacher_is_corrected(run: Path, guidance: float) -> None:
     x, t, label = normal(6, 1, 8, 8).float(), torch.linspace(0.1, 1, 6), torch.arange(6)
     v = biased.field(x, t, label)
     torch.testing.assert_close(corrected.field(x, t, label), 0.95 * v - 0.05 * of_digits(), rtol=0, atol=1e-6)
+    assert (corrected.name, biased.name) == ("digits-teacher (corrected)", "digits-teacher")
     assert corrected.field.nfe == biased.field.nfe == (1 if guidance == 1 else 2)
     if guidance == 1:
         torch.testing.assert_close(v, NetworkField(biased.net)(x, t, label), rtol=0, atol=0)

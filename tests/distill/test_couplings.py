@@ -21,6 +21,7 @@ from fewstep.distill.couplings import (
     paired_noise,
     sinkhorn,
 )
+from fewstep.errors import FewstepError
 from fewstep.flow import LINEAR
 from fewstep.keys import Key
 from fewstep.sources import SOURCES, gaussian
@@ -221,8 +222,19 @@ def test_drawn_pairs_follow_the_plan() -> None:
 def test_a_plan_that_does_not_converge() -> None:
     """Says so and what to do, and does not go on with what it has."""
     x, e = normal(8, 2), normal(8, 2, seed=1)
-    with pytest.raises(ArithmeticError, match=r"not converged to 0\.001 in 20 iterations: raise its epsilon"):
+    with pytest.raises(FewstepError, match=r"not converged to 0\.001 in 20 iterations: raise its epsilon"):
         sinkhorn(8, 1e-3, max_iterations=20)(x, e, None, KEY, torch.arange(8))
+
+
+@COUPLED
+def test_a_sample_that_is_no_number_stays_where_it_is(coupling: Coupling) -> None:
+    """Its loss is what the trainer finds it by; the groups beside it are paired as ever."""
+    x, e = normal(12, 2), normal(12, 2, seed=1)
+    wanted = pairs(coupling, x, e)
+    x[7, 0] = math.nan
+    found = pairs(coupling, x, e)
+    assert found[6:].tolist() == list(range(6, 12))
+    assert torch.equal(found[:6], wanted[:6])
 
 
 # ----------------------------------------------------------------------------------------------------- who meets whom

@@ -141,9 +141,6 @@ def test_only_the_probed_share_is_observed() -> None:
     torch.testing.assert_close(whole.square, part.square, rtol=1e-12, atol=0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="observe returns before the first call: under FSDP2 the other process waits for ever"
-)
 def test_a_part_without_probed_rows_makes_the_same_calls() -> None:
     """A microbatch or a process's share may hold none of the probed rows. It adds nothing to the sums, and calls the
     average as often as the others: where that is sharded, a call is a collective one."""

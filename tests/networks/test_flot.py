@@ -231,6 +231,13 @@ def test_compiled_it_is_the_same() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_an_empty_batch_is_one() -> None:
+    """A batch without a sample that jumps still asks for its derivative."""
+    net, (x, t, r, label) = network(), (part[:0] for part in batch())
+    assert net(x, t, r, label).shape == (0, *SHAPE)
+    assert forward_derivative(net, x, x, t, r, label).shape == (0, *SHAPE)
+
+
 def test_a_fresh_network_does_not_move() -> None:
     x, t, r, label = batch()
     assert not network(random=False)(x, t, r, label).any()
