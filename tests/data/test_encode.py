@@ -78,5 +78,5 @@ def test_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (tmp_path / "vae" / name).write_text("{}")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     arguments = ("data", "prepare", as_folder(tmp_path / "digits"), "--out", tmp_path / "out")
-    refuse(*arguments, "--encoder", tmp_path / "vae", says=("pip install diffusers",), code=3)
+    refuse(*arguments, "--encoder", tmp_path / "vae", says=("pip install 'fewstep[diffusers]'",), code=3)
     assert not (tmp_path / "out").exists()
