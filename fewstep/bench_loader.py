@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fewstep.bench import Spread, spread, synchronise
+from fewstep.bench import Spread, bare_training, spread, synchronise
+from fewstep.checkpoint import RunDirectory
+from fewstep.config import RunConfig
 from fewstep.data.config import ShardsConfig
 from fewstep.data.dataset import BatchSource, Dataset, Residence
 from fewstep.data.encoded import Reported, unreported
 from fewstep.data.prepare import write_shards
 from fewstep.data.shards import load_shards
 from fewstep.data.stream import stream_of
+from fewstep.distill.run import check_training
 from fewstep.environment import describe_environment
+from fewstep.networks.build import parameter_count
 
 WARM_UP_STEPS = 5
 COUNT = 8192
@@ -95,6 +99,84 @@ def bench_loader(
                 report(len(rates), len(sizes) * len(places))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return LoaderBench(name, torch.get_num_threads(), batch_size, repeats, work_ms, tuple(rates))
+
+
+@dataclass(frozen=True)
+class RecipeLoader:
+    """Samples per second of a recipe's own data, with the data on the device and fetched by the thread, beside what its
+    training step consumes (batch, forward, backward and optimiser). ``ratio``: the slower of the two over the latter,
+    by medians."""
+
+    recipe: str
+    device: str
+    threads: int
+    params: int
+    batch_size: int
+    resident: Spread
+    fetched: Spread
+    training: Spread
+    ratio: float
+
+    def to_json(self) -> dict[str, Any]:
+        """With where and when it was measured: a row of the ledger."""
+        today = datetime.date.today().isoformat()
+        return {"date": today, "bench": "recipe-loader", **asdict(self), "environment": describe_environment()}
+
+
+def bench_recipe_loader(
+    config: RunConfig, *, repeats: int, steps: int, device: torch.device, report: Reported = unreported
+) -> RecipeLoader:
+    """Measure ``repeats`` batches of each kind and ``steps`` training steps, in turns of one step each."""
+    with tempfile.TemporaryDirectory() as folder:  # nothing is written there
+        run = RunDirectory(Path(folder) / config.name)
+        request = check_training(config, run, device, processes=1, resume=False, overwrite=False)
+    size, before = config.train.batch_size, torch.get_num_threads()
+    try:
+        torch.set_num_threads(config.train.threads or before)
+        objective = request.stages[0].build(request.student, None).to(device)
+        where: tuple[Residence, ...] = ("device", "host")
+        sources = [BatchSource(request.data, size, config.seed, device=device, resident=each) for each in where]
+        training = bare_training(objective, sources[0].batch, config.train, seed=config.seed)
+        next(training)
+        taken: list[list[float]] = [[], []]
+        stepped = []
+        for number in range(steps):
+            for source, times in zip(sources, taken, strict=True):
+                times += _times(source, max(1, repeats // steps), 0.0, device)
+            synchronise(device)
+            began = time.perf_counter()
+            next(training)
+            synchronise(device)
+            stepped.append(time.perf_counter() - began)
+            report(number + 1, steps)
+        for source in sources:
+            source.close()
+        resident, fetched, consumed = (spread([size / seconds for seconds in each]) for each in (*taken, stepped))
+        return RecipeLoader(
+            recipe=config.name,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            threads=torch.get_num_threads(),
+            params=parameter_count(request.student),
+            batch_size=size,
+            resident=resident,
+            fetched=fetched,
+            training=consumed,
+            ratio=min(resident.median, fetched.median) / consumed.median,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def recipe_loader_table(bench: RecipeLoader) -> Table:
+    """For people: medians with quartiles."""
+    table = Table()
+    for head in ("", "samples/s", "quartiles", "times the training step"):
+        table.add_column(head, justify="left" if head == "" else "right")
+    rows = {"data on the device": bench.resident, "data fetched by the thread": bench.fetched}
+    for name, rate in {**rows, "training step": bench.training}.items():
+        ratio = f"{rate.median / bench.training.median:,.1f}"
+        table.add_row(name, f"{rate.median:,.0f}", f"{rate.low:,.0f} to {rate.high:,.0f}", ratio)
+    return table
 
 
 def loader_title(bench: LoaderBench) -> str:

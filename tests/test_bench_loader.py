@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import typer
-from conftest import CliRunner
+from conftest import SMALL, CliRunner, cli, refuse, succeed
 
 from fewstep.bench_loader import bench_loader, loader_table, loader_title
 from fewstep.commands.bench_loader import bench_loader as command
@@ -41,3 +41,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert document == json.loads(ledger.read_text())
     assert (document["bench"], document["batch_size"], len(document["rates"])) == ("loader", 4, 8)
     assert "images/s" in result.stderr
+
+
+def test_a_recipe_beside_its_training_step(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    measured = ("bench", "loader", "digits-teacher", *SMALL, "--repeats", 6, "--steps", 3)
+    document = json.loads(succeed(*measured, "--ledger", ledger, "--min-ratio", 0.001, "--json").stdout)
+    assert document == json.loads(ledger.read_text())
+    assert (document["recipe"], document["batch_size"]) == ("digits-teacher", 16)
+    slower = min(document[place]["median"] for place in ("resident", "fetched"))
+    assert document["ratio"] == slower / document["training"]["median"]
+    refused = cli(*measured, "--min-ratio", 1e9)
+    assert refused.exit_code == 4
+    assert "times as fast" in refused.stderr
+
+
+def test_a_ratio_of_nothing_is_refused() -> None:
+    refuse("bench", "loader", "--min-ratio", 2, says=("--min-ratio", "CONFIG"))
