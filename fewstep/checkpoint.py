@@ -224,7 +224,7 @@ def read_whole(path: Path) -> Checkpoint:
 MODEL_FORMAT = 1
 _CARD_KEYS = (
     *("name", "role", "objective", "student", "network", "two_times", "guidance", "teacher_digest", "digests"),
-    *("data.name", "data.shape", "data.num_classes", "train.steps", "train.samples", "train.seconds"),
+    *("data.name", "data.shape", "data.num_classes", "data.kind", "train.steps", "train.samples", "train.seconds"),
 )
 
 

@@ -482,7 +482,7 @@ def test_every_bit_of_the_state_counts(tmp_path: Path) -> None:
 def test_a_model_counts_as_written_only_with_its_card(tmp_path: Path) -> None:
     keys = ("role", "student", "network", "two_times", "guidance", "teacher_digest")
     card = dict.fromkeys(keys, "x") | {"name": "m", "objective": "o"}
-    card |= {"data": {"name": "d", "shape": [2], "num_classes": 0}}
+    card |= {"data": {"name": "d", "shape": [2], "num_classes": 0, "kind": "points"}}
     card |= {"train": {"steps": 1, "samples": 1, "seconds": 1.0}}
     write_model(tmp_path / "model", card, {"sampler": "jumps"}, {"model.safetensors": TENSORS}, "readme")
     model = read_model(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import succeed
+from safetensors.torch import load_file
 from written import LAYOUTS, as_folder
 
 TEACHER = """
@@ -68,3 +69,12 @@ def test_a_run_goes_on_where_its_images_lie(tmp_path: Path) -> None:
     succeed("teach", config, *host, "--out", parts, "--resume")
     models = [(run / "model" / "model.safetensors").read_bytes() for run in (whole, parts)]
     assert models[0] == models[1]
+
+
+def test_samples_are_drawn_where_the_data_are_not(tmp_path: Path) -> None:
+    """The model says what its samples are like."""
+    path = as_folder(tmp_path / "digits")
+    run = teach(tmp_path, path, "folder", 1)
+    shutil.rmtree(path)
+    succeed("sample", run, "--steps", 2, "--n", 3)
+    assert load_file(run / "samples" / "steps-02-seed-0.safetensors")["x"].shape == (3, 1, 8, 8)
