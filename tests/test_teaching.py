@@ -278,6 +278,9 @@ def test_a_student_is_sampled_from_its_teachers_noise(name: str, runs: Callable[
     else:
         assert warnings == []
     assert card(tmp_path / "student")["noise"] == COUPLED_CARD
+    page = (tmp_path / "student" / "model" / "README.md").read_text()
+    assert "- noise: laplace" in page
+    assert "- pairs of noise and data: assignment, in groups of 8" in page
     model = load_model(tmp_path / "student", CPU)
     assert model.sampler.source is laplace
     sampled = sample_run(tmp_path / "student", steps=1, n=4, seed=5, batch_size=3)

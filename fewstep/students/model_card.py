@@ -21,6 +21,7 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         f"- serves: {serves}",
         f"- data: {card['data']['name']}, shape {card['data']['shape']}, {card['data']['num_classes']} classes",
         f"- convention: {card['convention']}",
+        *_noise(card),
         f"- guidance: {'none' if guidance == 1 else f'{guidance:g}, built in: do not guide again'}",
         f"- teacher: {card['teacher'] or 'none'}",
         f"- weights: exponential moving average ({card['ema']}); {card['params']:,} parameters",
@@ -32,3 +33,18 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _noise(card: Mapping[str, Any]) -> list[str]:
+    """Lines on what is not Gaussian noise independent of the data, learned without bias."""
+    noise, lines = card.get("noise", {}), []
+    coupling = noise.get("coupling", {}).get("kind", "independent")
+    if noise.get("source", "gaussian") != "gaussian":
+        lines.append(f"- noise: {noise['source']} (samples start from it)")
+    if coupling != "independent":
+        lines.append(
+            f"- pairs of noise and data: {coupling}, in groups of {noise['group_size']}; re-noising leaves the flow"
+        )
+    if card.get("contrast"):
+        lines.append(f"- contrastive, weight {card['contrast']:g}: biased unless corrected, as it is when it teaches")
+    return lines

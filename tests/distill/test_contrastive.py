@@ -219,6 +219,9 @@ def test_a_contrastive_teacher_takes_the_mean_along(run: Path) -> None:
     card = json.loads((run / "model" / "config.json").read_text())
     assert card["contrast"] == 0.05
     assert set(card["digests"]) == {"model.safetensors", DATA_MEAN}
+    page = (run / "model" / "README.md").read_text()
+    assert "contrastive, weight 0.05" in page
+    assert "noise" not in page.replace("t=1 noise", "")
     torch.testing.assert_close(load_file(run / "model" / DATA_MEAN)["mean"], of_digits(), rtol=0, atol=1e-6)
 
 
