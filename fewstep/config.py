@@ -96,8 +96,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     else:
         text = recipe_text(source)
     tree = _parse(text, source)
-    # A named network comes first, in whatever order it is written: other overrides may change it.
-    for override in sorted(overrides, key=lambda override: not override.startswith(_SIZE)):
+    # What makes a block another one comes first, in whatever order it is written: other overrides may change it.
+    for override in sorted(overrides, key=_rank):
         _apply(tree, override)
     return check_config(tree, source)
 
@@ -189,6 +189,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"override {dotted}: '{value}' is not a YAML value") from error
+    if last == "kind" and parents and (chosen_block := _TAGGED.get((parents[-1], str(node[last])))) is not None:
+        for name in set(node) - set(chosen_block.model_fields):
+            del node[name]  # the file's, for a kind that has it
+
+
+def _rank(override: str) -> int:
+    """Names of networks, then kinds, then the rest."""
+    return 0 if override.startswith(_SIZE) else 1 if override.partition("=")[0].endswith(".kind") else 2
 
 
 def _explain(error: ValidationError, tree: Mapping[str, Any], source: str) -> NoReturn:

@@ -258,3 +258,17 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(
     config = load_config(name, ["train.steps=11", "seed=3"])
     assert RunConfig.model_validate(yaml.safe_load(printed)) == config
     assert RunConfig.model_validate(document) == config
+
+
+def test_another_kind_leaves_behind_what_only_the_old_one_has() -> None:
+    """In whatever order it is written; what the user gives for it counts, and a key that it lacks is still an error."""
+    config = load_config("images-teacher", ["data.path=somewhere", "data.kind=shards", "data.max_images=5"])
+    assert (config.data.kind, config.data.path, config.data.max_images) == ("shards", "somewhere", 5)
+    assert config.data.flip
+    assert load_config("digits-teacher", ["objective.times.kind=uniform"]).objective.times.model_dump() == {
+        "kind": "uniform",
+        "shift": 1.0,
+    }
+    assert load_config("images-teacher", ["student.network.kind=mlp"]).student.network.kind == "mlp"
+    refuse("teach", "images-teacher", "data.size=8", "data.kind=shards", "--dry-run", says=("data.size: unknown key",))
+    refuse("teach", "images-teacher", "student.network.kind=unett", "--dry-run", says=("did you mean 'unet'?",))

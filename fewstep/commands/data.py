@@ -1,13 +1,16 @@
 """`fewstep data`: what data are, and making them ready."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fewstep.commands.shared import AsJson, Overwrite, user_errors
+from fewstep.commands.shared import AsJson, user_errors
 from fewstep.console import emit_json, meter, say, stderr
+from fewstep.errors import UsageError
 
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: inspect, prepare, measure.", rich_markup_mode=None)
 
@@ -33,6 +36,24 @@ NoLabels = Annotated[bool, typer.Option("--no-labels", help="Ignore classes.")]
 MaxImages = Annotated[int | None, typer.Option("--max-images", min=1, help="The first images alone.")]
 
 
+OPTIONS = {
+    "data.size": "--size N",
+    "data.channels": "--channels 3",
+    "data.skip_broken": "--skip-broken",
+    "data.labels=false": "--no-labels",
+}
+"""What keys of a config, which errors advise to set, are called on this command line."""
+
+
+@contextmanager
+def _in_options() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        options = [option for key, option in OPTIONS.items() if key in str(error)]
+        raise UsageError(f"{error} (here: {', '.join(options)})" if options else str(error)) from error
+
+
 @data_app.command("inspect")
 def data_inspect(
     source: Source,
@@ -47,7 +68,7 @@ def data_inspect(
 
     Example: fewstep data inspect images.zip
     """
-    with user_errors():
+    with user_errors(), _in_options():
         from fewstep.data.inspect import inspect
         from fewstep.workflows import data_source
 
@@ -74,14 +95,14 @@ def data_prepare(
     encoder: Annotated[
         Path | None, typer.Option("--encoder", help="Write latents: the folder of an AutoencoderKL of diffusers.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards that lie at --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a data set as shards, which are read from disk without decoding (data.kind=shards).
 
     Example: fewstep data prepare images/ --size 64 --out images-64
     """
-    with user_errors():
+    with user_errors(), _in_options():
         from fewstep.workflows import data_source, prepare_data
 
         config = data_source(source, **_options(size, channels, skip_broken, no_labels, max_images))
@@ -125,7 +146,7 @@ def data_stats(
 
     Example: fewstep data stats images.zip --features pixels --out images-pixels.npz
     """
-    with user_errors():
+    with user_errors(), _in_options():
         from fewstep.workflows import data_source, data_statistics
 
         config = data_source(source, **_options(size, channels, skip_broken, no_labels, max_images))

@@ -88,7 +88,7 @@ class LatentsConfig(FilesConfig):
     """Latents of an autoencoder: our shards, LightningDiT's, or the ``img-mean-std-*.npy`` of EDM2 and REPA.
 
     A sample is ``(latent - shift) * scale``, both one number or one per channel. They default to what the files say:
-    the statistics beside LightningDiT's shards, EDM2's constants for its trees (REPA uses scale 0.18215, shift 0).
+    the statistics beside LightningDiT's shards, EDM2's constants for its trees, 0.18215 and 0 for REPA's ``vae-sd``.
     ``flip`` takes the mirrored copies, since a latent cannot be mirrored itself.
     """
 

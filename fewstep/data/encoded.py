@@ -168,7 +168,8 @@ def load_images(encoded: Encoded, config: ImagesConfig, name: str) -> Dataset:
 def tell_skipped(where: str, skipped: Sequence[str]) -> None:
     if skipped and is_main_process():
         others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        say(f"warning: {where}: left out {len(skipped)} broken images: {skipped[0]}{others}")
+        images = "1 broken image" if len(skipped) == 1 else f"{len(skipped)} broken images"
+        say(f"warning: {where}: left out {images}: {skipped[0]}{others}")
 
 
 def _room(count: int, shape: tuple[int, ...], where: str) -> Tensor:

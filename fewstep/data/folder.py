@@ -53,7 +53,7 @@ def _images(folder: Path, prefix: str) -> Iterator[str]:
             if entry.is_dir():
                 if not entry.name.startswith("."):
                     yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
-            elif is_image(prefix + entry.name):
+            elif is_image(prefix + entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
                 yield prefix + entry.name
 
 

@@ -26,9 +26,14 @@ from fewstep.data.shards import META, assemble, damage, load_shards, map_tensors
 from fewstep.data.zipped import DAMAGE, open_archive, read_member
 from fewstep.errors import UsageError
 
-EDM2_SHIFT = (5.81, 3.25, 0.12, -2.15)
-EDM2_SCALE = tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28))
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Shift and scale, one of each per channel."""
+
+EDM2: Statistics = ((5.81, 3.25, 0.12, -2.15), tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28)))
 """EDM2's statistics of sd-vae-ft-mse latents (Karras et al. 2312.02696): they bring the deviation to 0.5."""
+
+REPA: Statistics = ((0.0,) * 4, (0.18215,) * 4)
+"""What REPA does with the same latents, those of its folder ``vae-sd``: the autoencoder's own factor."""
 
 STATISTICS = "latents_stats.pt"
 
@@ -36,7 +41,7 @@ STATISTICS = "latents_stats.pt"
 def load_latents(config: LatentsConfig, path: Path, name: str) -> Dataset:
     """Latents in any of the known layouts; anything else is a ``UsageError``."""
     if existing(path, "latents").is_file():
-        return _load_tree(config, _zip_tree(path), name)
+        return _load_tree(config, _zip_tree(path), name, EDM2)
     if (path / META).is_file():
         data = load_shards(config, path, name)
         if data.latent is None:
@@ -46,9 +51,9 @@ def load_latents(config: LatentsConfig, path: Path, name: str) -> Dataset:
     files = sorted(path.glob("*.safetensors"))
     if files:
         return _load_lightning(config, path, name, files)
-    for folder in (path / "vae-sd", path):
+    for folder, statistics in ((path / "vae-sd", REPA), (path, EDM2)):
         if next(folder.rglob("*.npy"), None) is not None:
-            return _load_tree(config, _folder_tree(folder), name)
+            return _load_tree(config, _folder_tree(folder), name, statistics)
     raise UsageError(f"{path} holds no latents: no {META}, no *.safetensors and no *.npy")
 
 
@@ -147,7 +152,8 @@ class _Files(OnDisk):
         try:
             array = np.load(io.BytesIO(self._tree.read(self._names[row])), allow_pickle=False)
         except (ValueError, *DAMAGE) as error:
-            raise UsageError(f"{file} cannot be read as an array: {' '.join(str(error).split())[:120]}") from error
+            reason = " ".join(str(error).split()).partition(" If you trust")[0][:120]
+            raise UsageError(f"{file} cannot be read as an array: {reason}") from error
         if array.ndim != 3 or len(array) % 2 or array.dtype.kind != "f":
             raise UsageError(f"{file} is {array.dtype} {list(array.shape)}: not a mean and a deviation [2 C, H, W]")
         return array
@@ -170,7 +176,7 @@ def _zip_tree(path: Path) -> _Tree:
     return _Tree(path, names, archive.read, content)
 
 
-def _load_tree(config: LatentsConfig, tree: _Tree, name: str) -> Dataset:
+def _load_tree(config: LatentsConfig, tree: _Tree, name: str, statistics: Statistics) -> Dataset:
     if config.flip:
         raise UsageError(f"data.flip: {tree.path} holds no mirrored latents, and a latent cannot be mirrored itself")
     known = None if tree.manifest is None else read_manifest(tree.manifest, f"{tree.path}/{MANIFEST}")
@@ -183,7 +189,7 @@ def _load_tree(config: LatentsConfig, tree: _Tree, name: str) -> Dataset:
     label, num_classes = checked_labels(numbers, names, str(tree.path), config.labels)
     x = _Files(tree, tree.names[: config.max_images])
     channels = x.shape[1] // 2
-    shift, scale = (EDM2_SHIFT, EDM2_SCALE) if channels == len(EDM2_SHIFT) else (None, None)
+    shift, scale = statistics if channels == len(EDM2[0]) else (None, None)
     return Dataset(
         name,
         x,

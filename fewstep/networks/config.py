@@ -56,8 +56,8 @@ class UNetConfig(NetworkBlock):
     """A U-Net of ``blocks`` stages at each of several resolutions, ``channels`` times one of ``multipliers`` wide.
 
     Levels whose longer side has one of ``attention`` pixels have attention in every stage, and so has the middle
-    whatever its size. ``dropout`` acts in training alone. ``max_frequency`` is that of ``MLPConfig``, and low for the
-    same reason.
+    whatever its size; a side that no level has is nobody's. ``dropout`` acts in training alone. ``max_frequency`` is
+    that of ``MLPConfig``, and low for the same reason.
     """
 
     kind: Literal["unet"] = "unet"
@@ -105,6 +105,8 @@ def _named(value: Any) -> Any:
     if size not in SIZES:
         raise ValueError(f"no network of size '{size}'; {nearest(size, SIZES)}")
     named = SIZES[size]
+    if changes.get("kind", named.kind) not in {each.kind for each in SIZES.values()}:
+        return changes  # which says that there is no such kind
     if changes.get("kind", named.kind) != named.kind:
         raise ValueError(f"size {size} is a network of kind {named.kind}, not {changes['kind']}")
     return {**named.model_dump(), **changes}

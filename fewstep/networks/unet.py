@@ -187,8 +187,7 @@ def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
 
 
 def level_sides(shape: tuple[int, ...], config: UNetConfig) -> list[int]:
-    """Pixels of the longer side at each level. Images the network cannot halve, and attention at no level, are a
-    ``UsageError``."""
+    """Pixels of the longer side at each level. Images the network cannot halve are a ``UsageError``."""
     if len(shape) != 3:
         raise UsageError(f"a network of kind unet takes images, not samples of shape {list(shape)}")
     _, height, width = shape
@@ -198,10 +197,4 @@ def level_sides(shape: tuple[int, ...], config: UNetConfig) -> list[int]:
             f"a network of kind unet with {levels} multipliers takes images with sides that are multiples of "
             f"{2 ** (levels - 1)}, not {height} x {width}"
         )
-    sides = [max(height, width) >> level for level in range(levels)]
-    if unknown := [side for side in config.attention if side not in sides]:
-        raise UsageError(
-            f"a network of kind unet with attention at {unknown[0]} pixels has no such level for images of "
-            f"{height} x {width}: its levels have {', '.join(map(str, sides))}"
-        )
-    return sides
+    return [max(height, width) >> level for level in range(levels)]

@@ -184,7 +184,14 @@ def as_repa(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [as_edm2, as_edm2_zip, as_repa])
+def test_repas_trees_have_repas_scale(tmp_path: Path) -> None:
+    data = load(as_repa(tmp_path / "cache"))
+    assert data.latent is not None
+    assert data.latent.scale.flatten().tolist() == [pytest.approx(0.18215)] * 4
+    assert not data.latent.shift.any()
+
+
+@pytest.mark.parametrize("write", [as_edm2, as_edm2_zip])
 def test_edm2_trees(write: object, tmp_path: Path) -> None:
     """``mean + std noise``, brought to a deviation of 0.5 by EDM2's constants; the noise is keyed by (seed, step)."""
     path = write(tmp_path / "cache")  # type: ignore[operator]

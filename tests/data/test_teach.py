@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import succeed
+from conftest import refuse, succeed
 from safetensors.torch import load_file
 from written import LAYOUTS, as_folder
 
@@ -78,3 +78,22 @@ def test_samples_are_drawn_where_the_data_are_not(tmp_path: Path) -> None:
     shutil.rmtree(path)
     succeed("sample", run, "--steps", 2, "--n", 3)
     assert load_file(run / "samples" / "steps-02-seed-0.safetensors")["x"].shape == (3, 1, 8, 8)
+
+
+def test_the_recipe_for_ones_own_images(tmp_path: Path) -> None:
+    """As the README has it, in 64 x 64."""
+    run = tmp_path / "run"
+    small = ("train.steps=1", "train.batch_size=2")
+    succeed(
+        "teach", "images-teacher", f"data.path={as_folder(tmp_path / 'photos')}", "data.size=64", *small, "--out", run
+    )
+    card = json.loads((run / "model" / "config.json").read_text())
+    assert (card["data"]["shape"], card["data"]["num_classes"], card["network"]["kind"]) == ([3, 64, 64], 10, "unet")
+
+
+def test_errors_of_data_commands_name_their_own_options(tmp_path: Path) -> None:
+    path = as_folder(tmp_path / "digits")
+    broken = next(path.rglob("*.png"))
+    broken.write_bytes(b"no image")
+    refuse("data", "inspect", path, says=(broken.name, "(here: --skip-broken)"))
+    refuse("teach", "images-teacher", f"data.path={path}", says=(broken.name, "data.skip_broken=true"))

@@ -306,13 +306,19 @@ def test_images_that_are_not_square() -> None:
     assert isinstance(net.down[0].attention, Attention)
 
 
+def test_attention_where_no_level_has_that_side() -> None:
+    """Only the middle has it then: a named size takes images of any side that it can halve."""
+    net = build_network(CONFIG, (1, 32, 32), 0, two_times=True)
+    assert not any(isinstance(stage.attention, Attention) for stage in (net.down[0], *net.up))
+    assert isinstance(net.middle[0].attention, Attention)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
         ((2,), r"a network of kind unet takes images, not samples of shape \[2\]"),
         ((1, 8, 7), r"with 2 multipliers takes images with sides that are multiples of 2, not 8 x 7"),
         ((1, 9, 8), r"multiples of 2, not 9 x 8"),
-        ((1, 32, 32), r"attention at 4 pixels has no such level for images of 32 x 32: its levels have 32, 16"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
