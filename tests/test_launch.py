@@ -17,6 +17,7 @@ from test_processes import WITNESS, seen
 
 import fewstep.launch
 from fewstep.checkpoint import RunDirectory
+from fewstep.distill.run import _lost_another
 from fewstep.launch import FORWARDED, launch_lines, launch_text, launched_alone, run_launched, slurm_script
 
 NASTY = [
@@ -386,3 +387,13 @@ def test_the_launcher_leaves_a_status_that_says_why(tmp_path: Path, monkeypatch:
     ended = cli("teach", "digits-teacher", "--processes", 2, "--out", run.path)
     assert (ended.exit_code, ended.stdout, ended.stderr) == (130, "", "")
     assert json.loads((run.path / "status.json").read_text())["message"] == "stopped"
+
+
+def test_a_lost_connection_is_known_by_what_is_said_of_it() -> None:
+    """Word for word what gloo raises in the other process of a pair, and an error of another kind."""
+    lost = RuntimeError(
+        "[/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1957: Connection reset by peer. This is"
+    )
+    assert _lost_another(lost)
+    assert not _lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not _lost_another(BrokenPipeError("broken pipe"))  # of a pipeline of commands, not of processes

@@ -132,6 +132,9 @@ def run_training(
             raise FewstepError(told) from error
         if explained:
             raise explained from error
+        if accelerator.num_processes > 1 and _lost_another(error):
+            # What is to be told, the one that is gone has told, or the launcher will.
+            raise FewstepError(f"process {accelerator.process_index} has lost another one") from error
         raise
     finally:
         torch.set_num_threads(threads)
@@ -317,6 +320,16 @@ def _out_of_memory(error: BaseException, step: int, config: RunConfig, processes
         remedies.append("set train.parallel=fsdp2")
     first_line = str(error).strip().partition("\n")[0][:160]
     return FewstepError(f"out of memory at step {step + 1}: {'; '.join(remedies)} ({first_line})")
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether it is another process that is gone, and with it the connection to it, that ended this one."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _LOST)
+
+
+_LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
+"""What gloo and NCCL say then."""
 
 
 def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) -> nn.Module:
