@@ -14,7 +14,10 @@ from torch import Tensor
 
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.meanflow import MeanFlow
+from fewstep.distill.flow_maps.objective import FlowMapMatching
+from fewstep.distill.flow_maps.rules import Eulerian
+from fewstep.distill.flow_maps.velocity import TeacherVelocity
+from fewstep.distill.tangent import forward_derivative
 from fewstep.distill.train import train
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
@@ -23,7 +26,7 @@ from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import MLPConfig
 from fewstep.sampling import MapSampler, OdeSampler
 from fewstep.students.maps import AverageVelocityMap
-from fewstep.times import uniform
+from fewstep.times import sorted_pairs, uniform
 
 MEANS = torch.tensor([[-0.8, -0.8], [0.8, -0.8], [0.0, 0.9]])
 STD = 0.15
@@ -53,8 +56,13 @@ def main(steps: int = 3000, n: int = 5000) -> list[float]:
 
     torch.manual_seed(0)
     student = build_network(MLPConfig(width=64, depth=3), data.shape, data.num_classes, two_times=True)
-    objective = MeanFlow(
-        student, velocity=teacher, times=uniform, jump_fraction=0.5, weight_power=0.0, weight_offset=1e-2
+    objective = FlowMapMatching(  # MeanFlow from a teacher
+        student,
+        rule=Eulerian(),
+        velocity=TeacherVelocity(teacher),
+        pairs=sorted_pairs(uniform),
+        jump_fraction=0.5,
+        derivative=forward_derivative,
     )
     accelerator = Accelerator(cpu=True)
     config = TrainConfig(steps=steps, batch_size=256, lr=2e-3, ema=(0.995,))

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fewstep.block import Block
 from fewstep.data.config import DataConfig
 from fewstep.distill.config import ObjectiveConfig, TrainConfig
+from fewstep.distill.flow_maps.config import FlowMapBlock, RegressionBlock, ShortcutConfig
 from fewstep.errors import UsageError, nearest
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.students.config import StudentConfig
@@ -22,9 +23,19 @@ from fewstep.teachers.config import TeacherConfig
 
 TRAINS = {
     "flow_matching": "velocity",
-    "meanflow": "average_velocity",
     "progressive": "average_velocity",
     "consistency": "consistency",
+    "meanflow": "average_velocity",
+    "improved_meanflow": "average_velocity",
+    "modular_meanflow": "average_velocity",
+    "alpha_flow": "average_velocity",
+    "soflow": "average_velocity",
+    "split_meanflow": "average_velocity",
+    "shortcut": "average_velocity",
+    "terminal_velocity": "average_velocity",
+    "align_your_flow": "average_velocity",
+    "free_flow": "average_velocity",
+    "trajectory": "average_velocity",
 }
 """The kind of student each objective trains."""
 
@@ -52,22 +63,26 @@ class RunConfig(Block):
             raise ValueError("student.init teacher needs a teacher block")
         if self.teacher is not None and self.teacher.kind == "analytic" and self.student.init == "teacher":
             raise ValueError("an analytic teacher has no weights: use student.init scratch and give student.network")
-        needs_teacher = kind in ("progressive", "consistency") or (
-            self.objective.kind == "meanflow" and self.objective.velocity == "teacher"
-        )
+        from_data = isinstance(self.objective, RegressionBlock | ShortcutConfig) and self.objective.velocity == "data"
+        warm = isinstance(self.objective, FlowMapBlock) and self.objective.warm_start is not None
+        needs_teacher = kind != "flow_matching" and (warm or not from_data)
         if needs_teacher and self.teacher is None:
             raise ValueError(f"objective {kind} needs a teacher block")
         if kind == "progressive" and self.train.ema_snapshot_every:
             raise ValueError("train.ema_snapshot_every has no meaning over the stages of objective progressive")
         if kind == "flow_matching" and self.teacher is not None:
             raise ValueError("objective flow_matching trains a teacher and takes no teacher block")
-        if (
-            self.objective.kind == "meanflow"
-            and self.objective.velocity == "data"
-            and self.teacher is not None
-            and self.teacher.guidance != 1
-        ):
+        if from_data and not warm and self.teacher is not None and self.teacher.guidance != 1:
             raise ValueError("teacher.guidance has no effect with objective.velocity data: use velocity teacher")
+        guidance = self.objective.guidance if isinstance(self.objective, RegressionBlock | ShortcutConfig) else None
+        if guidance is not None and self.teacher is not None and self.teacher.guidance != 1:
+            raise ValueError("objective.guidance and teacher.guidance exclude each other: one of them guides")
+        if self.student.guidance_input and guidance is None:
+            raise ValueError(
+                f"student.guidance_input needs objective.guidance, and an objective that has it, not {kind}"
+            )
+        if guidance is not None and guidance.largest is not None and not self.student.guidance_input:
+            raise ValueError("objective.guidance.largest draws scales, which needs student.guidance_input true")
         for place, value in _leaves(self.model_dump()):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{place} is {value}: numbers have to be finite")

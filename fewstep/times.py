@@ -84,12 +84,80 @@ class TimePairs:
     r: Tensor
 
 
-def sample_pairs(times: Times, key: Key, index_B: Tensor, jump_B: Tensor) -> TimePairs:
-    """Two draws per sample in order (Geng et al. 2505.13447, section 4.3), and ``r = t`` where ``jump`` is false."""
-    first = sample_times(times, key, "time", index_B)
-    second = sample_times(times, key, "second_time", index_B)
-    t = torch.maximum(first, second)
-    return TimePairs(t, torch.where(jump_B, torch.minimum(first, second), t))
+Pairs = Callable[[Key, Tensor, Tensor], TimePairs]
+"""``(key, index [B], jump [B])`` -> a pair for each sample, with ``r = t`` where ``jump`` is false."""
+
+
+def sorted_pairs(first: Times, second: Times | None = None) -> Pairs:
+    """Two draws in order: ``t`` the larger and ``r`` the smaller (Geng et al. 2505.13447, section 4.3). Twice uniform,
+    they are uniform on the triangle."""
+    return partial(_sorted_pairs, first=first, second=second or first)
+
+
+def _sorted_pairs(key: Key, index_B: Tensor, jump_B: Tensor, first: Times, second: Times) -> TimePairs:
+    a = sample_times(first, key, "time", index_B)
+    b = sample_times(second, key, "second_time", index_B)
+    t = torch.maximum(a, b)
+    return TimePairs(t, torch.where(jump_B, torch.minimum(a, b), t))
+
+
+def clipped_pairs(start: Times, end: Times) -> Pairs:
+    """``t`` from one distribution and ``r`` from another, cut off at ``t``. Times without a jump keep the distribution
+    of ``t``, as they do not where two draws are sorted first."""
+    return partial(_clipped_pairs, start=start, end=end)
+
+
+def _clipped_pairs(key: Key, index_B: Tensor, jump_B: Tensor, start: Times, end: Times) -> TimePairs:
+    t = sample_times(start, key, "time", index_B)
+    r = sample_times(end, key, "second_time", index_B)
+    return TimePairs(t, torch.where(jump_B, torch.minimum(t, r), t))
+
+
+def gap_pairs(gap: Times, end: Times) -> Pairs:
+    """``t - r`` from one distribution; then ``r`` from another, given that ``r <= 1 - (t - r)`` (Zhou et al.
+    2511.19797, appendix): exact, no draw is cut off or rejected."""
+    return partial(_gap_pairs, gap=gap, end=end)
+
+
+def _gap_pairs(key: Key, index_B: Tensor, jump_B: Tensor, gap: Times, end: Times) -> TimePairs:
+    length = gap(key.uniform("time", index_B))
+    r = end(key.uniform("second_time", index_B) * distribution(end, 1 - length))
+    t = (r + length).clamp(max=1).float()
+    return TimePairs(t, torch.where(jump_B, torch.minimum(r.float(), t), t))
+
+
+def dyadic_pairs(levels: int) -> Pairs:
+    """Steps of length ``d = 1, 1/2, ..., 2^-(levels - 1)``, equally often, from a node of their own grid: ``t`` a
+    positive multiple of ``d`` and ``r = t - d`` (Frans et al. 2410.12557). Where nothing jumps ``t`` is uniform."""
+    return partial(_dyadic_pairs, levels=levels)
+
+
+def _dyadic_pairs(key: Key, index_B: Tensor, jump_B: Tensor, levels: int) -> TimePairs:
+    count = 2.0 ** (key.uniform("level", index_B) * levels).floor()
+    u = key.uniform("time", index_B)
+    t = ((u * count).floor() + 1) / count
+    return TimePairs(torch.where(jump_B, t, u).float(), torch.where(jump_B, t - 1 / count, u).float())
+
+
+def with_diagonal(pairs: Pairs, diagonal: Times) -> Pairs:
+    """The same pairs, and times of a distribution of their own where nothing jumps."""
+    return partial(_with_diagonal, pairs=pairs, diagonal=diagonal)
+
+
+def _with_diagonal(key: Key, index_B: Tensor, jump_B: Tensor, pairs: Pairs, diagonal: Times) -> TimePairs:
+    jumps = pairs(key, index_B, jump_B)
+    t = sample_times(diagonal, key, "diagonal_time", index_B)
+    return TimePairs(torch.where(jump_B, jumps.t, t), torch.where(jump_B, jumps.r, t))
+
+
+def distribution(times: Times, t_B: Tensor) -> Tensor:
+    """The distribution function at ``t [B]``, by halving: any distribution is known by its inverse. To 2^-60."""
+    low, high = torch.zeros_like(t_B), torch.ones_like(t_B)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = times(middle) <= t_B
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 def jump_rows(index_B: Tensor, fraction: float) -> Tensor:

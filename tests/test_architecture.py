@@ -17,7 +17,8 @@ MODULES = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("block", "errors", "files", "flow", "keys", "times", "sources", "environment", "interrupts", "launch", "console"),
     ("networks", "data", "sampling", "evaluation.config", "networks.config"),
-    ("checkpoint", "students.config", "teachers.config", "distill.config"),
+    ("checkpoint", "students.config", "teachers.config", "distill.times_config"),
+    ("distill.config", "distill.flow_maps.config"),
     ("config", "recipes"),
     ("teachers", "students", "evaluation"),
     ("distill",),
@@ -178,6 +179,7 @@ def test_kinds_become_classes_through_literal_dictionaries() -> None:
     ("module", "name"),
     [
         ("fewstep.distill.plan", "PLANS"),
+        ("fewstep.distill.flow_maps.methods", "METHODS"),
         ("fewstep.distill.trackers", "OPENS"),
         ("fewstep.networks.build", "NETWORKS"),
         ("fewstep.config", "TRAINS"),
@@ -204,7 +206,9 @@ def test_the_tables_cover_the_same_objectives() -> None:
 
     from fewstep.config import TRAINS
     from fewstep.distill.config import ObjectiveConfig
+    from fewstep.distill.flow_maps.methods import METHODS
     from fewstep.distill.plan import PLANS
 
     kinds = {block.model_fields["kind"].default for block in get_args(get_args(ObjectiveConfig)[0])}
     assert kinds == set(PLANS) == set(TRAINS)
+    assert set(METHODS) == {kind for kind, stages in PLANS.items() if stages is PLANS["meanflow"]}

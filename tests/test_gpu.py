@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from family import meanflow
 
 from fewstep.checkpoint import RunDirectory
 from fewstep.config import load_config
 from fewstep.data.dataset import BatchSource
 from fewstep.data.load import digits
 from fewstep.distill.consistency import ConsistencyDistillation
-from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.objective import Objective
 from fewstep.distill.run import run_training
 from fewstep.evaluation.config import EvaluateConfig
@@ -19,7 +19,6 @@ from fewstep.keys import Key
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
 from fewstep.teachers.network import NetworkField
-from fewstep.times import uniform
 from fewstep.workflows import evaluate_runs
 
 pytestmark = [
@@ -49,14 +48,7 @@ def test_losses_are_those_of_the_cpu(kind: str) -> None:
             torch.nn.init.normal_(net.leave.weight, std=0.1)
         objective: Objective
         if kind == "meanflow":
-            objective = MeanFlow(
-                student,
-                velocity=NetworkField(teacher.to(device)),
-                times=uniform,
-                jump_fraction=0.5,
-                weight_power=0.0,
-                weight_offset=1e-2,
-            )
+            objective = meanflow(student, NetworkField(teacher.to(device)))
         else:
             objective = ConsistencyDistillation(
                 student, teacher=NetworkField(teacher.to(device)), solver="heun", nodes=8, target_decay=0.9, huber=0.0

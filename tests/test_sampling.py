@@ -24,7 +24,7 @@ from fewstep.networks.config import MLPConfig
 from fewstep.sampling import MapSampler, OdeSampler, Solver, sample_map, sample_ode, sample_renoise
 from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
 from fewstep.teachers.analytic import ExactMap, GaussianTeacher, MixtureTeacher
-from fewstep.teachers.guided import GuidedField
+from fewstep.teachers.guided import guided
 from fewstep.teachers.network import NetworkField
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -229,9 +229,9 @@ def test_evaluations_of_solvers(solver: Solver, factor: int, steps: int) -> None
     assert counted.rows == B * plain.nfe
 
     counted.rows = 0
-    guided = OdeSampler(GuidedField(counted, 2.0, 3), solver)(steps, noise, index % 3, Key(0), index)
-    assert guided.nfe == 2 * factor * steps
-    assert counted.rows == B * guided.nfe
+    at_two = OdeSampler(guided(counted, 2.0, 3), solver)(steps, noise, index % 3, Key(0), index)
+    assert at_two.nfe == 2 * factor * steps
+    assert counted.rows == B * at_two.nfe
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
@@ -251,7 +251,7 @@ def test_batches_change_nothing() -> None:
     net = random_network(classes=3)
     samplers = [
         OdeSampler(NetworkField(net), "heun"),
-        OdeSampler(GuidedField(NetworkField(net), 1.5, 3)),
+        OdeSampler(guided(NetworkField(net), 1.5, 3)),
         MapSampler({0: AverageVelocityMap(net)}, "jumps"),
         MapSampler({0: ConsistencyMap(net)}, "renoise"),
     ]

@@ -14,9 +14,9 @@ from fewstep.times import (
     Times,
     jump_rows,
     logit_normal,
-    sample_pairs,
     sample_times,
     shifted,
+    sorted_pairs,
     truncated_log_normal,
     u_shaped,
     uniform,
@@ -185,12 +185,12 @@ def test_pairs_are_in_order() -> None:
     """``r <= t``; off the jumps ``r = t`` to the bit, whatever was drawn; with a jump, ``r < t``."""
     index = torch.arange(2000)
     jump = jump_rows(index, 0.3)
-    pairs = sample_pairs(logit_normal(0.0, 1.0), Key(5, 1), index, jump)
+    pairs = sorted_pairs(logit_normal(0.0, 1.0))(Key(5, 1), index, jump)
     assert pairs.t.dtype == pairs.r.dtype == torch.float32
     assert torch.equal(pairs.r[~jump], pairs.t[~jump])
     assert (pairs.r[jump] < pairs.t[jump]).all()
     # The time of a sample does not depend on whether it jumps.
-    assert torch.equal(sample_pairs(logit_normal(0.0, 1.0), Key(5, 1), index, ~jump).t, pairs.t)
+    assert torch.equal(sorted_pairs(logit_normal(0.0, 1.0))(Key(5, 1), index, ~jump).t, pairs.t)
 
 
 def test_pairs_are_the_larger_and_the_smaller_of_two_draws() -> None:
@@ -198,7 +198,7 @@ def test_pairs_are_the_larger_and_the_smaller_of_two_draws() -> None:
     uniform and independent of ``t``: Kolmogorov-Smirnov at 0.1 %, correlation within four standard errors. One draw
     instead of two would give ``F(t)`` itself."""
     index = torch.arange(N)
-    pairs = sample_pairs(logit_normal(-0.4, 1.0), Key(3), index, torch.ones(N, dtype=torch.bool))
+    pairs = sorted_pairs(logit_normal(-0.4, 1.0))(Key(3), index, torch.ones(N, dtype=torch.bool))
 
     def F(t: Tensor) -> np.ndarray:
         return torch.special.ndtr(torch.logit(t.double()) + 0.4).numpy()

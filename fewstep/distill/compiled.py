@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.objective import Objective
-from fewstep.distill.tangent import Derivative, forward_derivative
+from fewstep.distill.tangent import Derivative, Net, forward_derivative
 from fewstep.errors import EnvironmentFault, FewstepError, UsageError
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
@@ -61,7 +61,7 @@ def compile_objective(objective: Objective, batch: Batch, *, backend: str | Call
 def _compiled_derivative(backend: str | Callable[..., object]) -> Derivative:
     whole = torch.compile(forward_derivative, fullgraph=True, dynamic=False, backend=backend)
 
-    def derivative(net: nn.Module, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
         # An objective passes slices of its batch, and compiled forward mode fails on views.
         return whole(net, x.clone(), v.clone(), t_B.clone(), r_B.clone(), label_B)
 

@@ -1,67 +1,26 @@
 """Config of objectives and of training. Imports no torch."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fewstep.block import Block, SolverName
+from fewstep.distill.flow_maps.config import (
+    AlignYourFlowConfig,
+    AlphaFlowConfig,
+    FreeFlowConfig,
+    ImprovedMeanFlowConfig,
+    JvpMode,
+    MeanFlowConfig,
+    ModularMeanFlowConfig,
+    ShortcutConfig,
+    SoFlowConfig,
+    SplitMeanFlowConfig,
+    TerminalVelocityConfig,
+    TrajectoryConfig,
+)
+from fewstep.distill.times_config import TimesConfig, UniformTimes
 from fewstep.teachers.config import NoiseConfig
-
-
-class TimesBlock(Block):
-    """``shift = a`` maps the times drawn by ``t -> a t / (1 + (a - 1) t)``; above 1 it moves them towards noise."""
-
-    shift: float = Field(1.0, gt=0)
-
-
-class UniformTimes(TimesBlock):
-    """``t`` uniform on (0, 1)."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class LogitNormalTimes(TimesBlock):
-    """``logit t ~ N(mean, std^2)``."""
-
-    kind: Literal["logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
-
-
-class TruncatedLogNormalTimes(TimesBlock):
-    """``ln sigma ~ N(mean, std^2)`` between ``sigma_min`` and ``sigma_max``, ``sigma = t / (1 - t)``. The defaults are
-    EDM's."""
-
-    kind: Literal["truncated_log_normal"] = "truncated_log_normal"
-    mean: float = -1.2
-    std: float = Field(1.2, gt=0)
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "TruncatedLogNormalTimes":
-        if self.sigma_max <= self.sigma_min:
-            raise ValueError(f"sigma_max {self.sigma_max:g} is not above sigma_min {self.sigma_min:g}")
-        low, high = ((math.log(sigma) - self.mean) / self.std for sigma in (self.sigma_min, self.sigma_max))
-        if low > 30 or high < -30:
-            raise ValueError("sigma_min to sigma_max lies more than 30 standard deviations from the mean")
-        return self
-
-
-class UShapedTimes(TimesBlock):
-    """Density in proportion to ``exp(a t) + exp(a (1 - t))``, ``a = sharpness``: most draws near both ends."""
-
-    kind: Literal["u_shaped"] = "u_shaped"
-    sharpness: float = Field(4.0, gt=0, le=100)
-
-
-JvpMode = Literal["forward", "finite_difference"]
-"""How an objective takes the derivative of its student along the path."""
-
-TimesConfig = Annotated[
-    UniformTimes | LogitNormalTimes | TruncatedLogNormalTimes | UShapedTimes, Field(discriminator="kind")
-]
 
 
 class NoWeighting(Block):
@@ -104,23 +63,6 @@ class FlowMatchingConfig(Block):
     label_dropout: float = Field(0.1, ge=0, lt=1)
 
 
-class MeanFlowConfig(Block):
-    """MeanFlow. ``velocity``: the teacher's marginal velocity, or ``e - x`` from data.
-
-    ``jvp``: forward-mode differentiation, or a central difference of width ``2 jvp_step`` in ``t`` for networks that
-    have no forward derivative.
-    """
-
-    kind: Literal["meanflow"] = "meanflow"
-    velocity: Literal["teacher", "data"] = "teacher"
-    times: TimesConfig = LogitNormalTimes(mean=-0.4, std=1.0)
-    jump_fraction: float = Field(0.25, ge=0, le=1)
-    weight_power: float = Field(0.0, ge=0, le=2)
-    weight_offset: float = Field(1e-2, gt=0)
-    jvp: JvpMode = "forward"
-    jvp_step: float = Field(5e-3, gt=0, le=0.1)
-
-
 class ProgressiveConfig(Block):
     """Progressive distillation ``start_steps -> start_steps / 2 -> ... -> end_steps``.
 
@@ -157,7 +99,21 @@ class ConsistencyConfig(Block):
 
 
 ObjectiveConfig = Annotated[
-    FlowMatchingConfig | MeanFlowConfig | ProgressiveConfig | ConsistencyConfig, Field(discriminator="kind")
+    FlowMatchingConfig
+    | ProgressiveConfig
+    | ConsistencyConfig
+    | MeanFlowConfig
+    | ImprovedMeanFlowConfig
+    | ModularMeanFlowConfig
+    | AlphaFlowConfig
+    | SoFlowConfig
+    | SplitMeanFlowConfig
+    | ShortcutConfig
+    | TerminalVelocityConfig
+    | AlignYourFlowConfig
+    | FreeFlowConfig
+    | TrajectoryConfig,
+    Field(discriminator="kind"),
 ]
 
 

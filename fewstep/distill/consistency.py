@@ -1,15 +1,11 @@
 """Consistency distillation (Song et al. 2303.01469, Algorithm 2) in flow time."""
 
-import copy
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
-from fewstep.distill.objective import LossOutput, Objective
-from fewstep.distill.shards import local
+from fewstep.distill.objective import LossOutput, TargetedObjective
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
@@ -17,7 +13,7 @@ from fewstep.sampling import SOLVERS, Solver
 from fewstep.students.maps import consistency_velocity
 
 
-class ConsistencyDistillation(Objective):
+class ConsistencyDistillation(TargetedObjective):
     """Make the data prediction agree along the teacher's trajectory::
 
         f(x, t) = x - t F(x, t),   x_r = one teacher step from x_t,   t, r consecutive nodes of a grid
@@ -46,18 +42,14 @@ class ConsistencyDistillation(Objective):
         huber: float,
         noise: Noise = gaussian_noise,
     ) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student, target_decay)
         self.teacher = teacher
         self.solver = solver
         self.nodes = nodes
         self.start_nodes = start_nodes or nodes
         self.total_steps = total_steps
-        self.target_decay = target_decay
         self.huber = huber
         self.noise = noise
-        # In a tuple, so that it is not a submodule: the target is neither trained nor prepared.
-        self._target = (copy.deepcopy(student).requires_grad_(False),) if target_decay else ()
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         x = batch.x
@@ -88,38 +80,7 @@ class ConsistencyDistillation(Objective):
         parts = (self.nodes // self.start_nodes).bit_length()
         return self.start_nodes * 2 ** min(parts - 1, step * parts // self.total_steps)
 
-    @property
-    def target_network(self) -> nn.Module:
-        return self._target[0] if self._target else self.student
-
     @staticmethod
     def predict(net: nn.Module, x: Tensor, t_B: Tensor, label_B: Tensor | None) -> Tensor:
         """``f(x, t) = x - t F(x, t)``."""
         return x - expand(t_B, x) * consistency_velocity(net, x, t_B, label_B)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ConsistencyDistillation":
-        """What ``.to()`` calls: the target goes where the student goes."""
-        for target in self._target:
-            target._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def targets(self) -> tuple[nn.Module, ...]:
-        return self._target
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        if self._target:
-            target = [local(parameter) for parameter in self._target[0].parameters()]
-            online = [local(parameter) for parameter in self.student.parameters()]
-            torch._foreach_lerp_(target, online, 1 - self.target_decay)
-
-    def extra_state(self) -> dict[str, Tensor]:
-        if not self._target:
-            return {}
-        return {f"target.{name}": value for name, value in self._target[0].state_dict().items()}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        if self._target:
-            self._target[0].load_state_dict({name.removeprefix("target."): value for name, value in state.items()})
-        else:
-            super().load_extra_state(state)

@@ -5,12 +5,16 @@ The objective, not the student, is what gets prepared for distributed training, 
 reads config. Teachers and targets it holds are plain velocity fields, outside its parameters.
 """
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
+from fewstep.distill.shards import local
 from fewstep.distill.tangent import Derivative
 from fewstep.keys import Key
 
@@ -32,8 +36,9 @@ class LossOutput:
 
 
 class Objective(nn.Module, ABC):
-    """Abstract; every subclass is final. ``student`` is the network being trained, ``derivative`` how its derivative
-    along the path is taken by an objective that needs one."""
+    """Abstract. ``student`` is the network being trained, ``derivative`` how its derivative along the path is taken by
+    an objective that needs one. Other submodules are trained with it and not exported: what an objective learns for
+    itself, such as a weight."""
 
     student: nn.Module
     derivative: Derivative | None = None
@@ -48,14 +53,65 @@ class Objective(nn.Module, ABC):
     def after_step(self) -> None:
         """Called after every optimiser step: the place of target networks."""
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters beyond the student's, by name."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("student.")}
+
     def extra_state(self) -> dict[str, Tensor]:
-        """Tensors beyond the student that a resumed run needs, such as a target network's, sharded or not."""
-        return {}
+        """Tensors beyond the student that a resumed run needs, sharded or not."""
+        return {name: value.detach() for name, value in self.own_parameters().items()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back what ``extra_state`` gave."""
-        if state:
-            raise ValueError(f"{type(self).__name__} has no extra state, got {sorted(state)}")
+        own = self.own_parameters()
+        if own.keys() != state.keys():
+            held = f"the extra state {sorted(own)}" if own else "no extra state"
+            raise ValueError(f"{type(self).__name__} has {held}, got {sorted(state)}")
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+
+class TargetedObjective(Objective, ABC):
+    """An objective whose targets come from an exponential moving average of the student with ``target_decay`` per step,
+    or from the student itself where that is zero."""
+
+    def __init__(self, student: nn.Module, target_decay: float) -> None:
+        super().__init__()
+        self.student = student
+        self.target_decay = target_decay
+        # In a tuple, so that it is not a submodule: the target is neither trained nor prepared.
+        self._target = (copy.deepcopy(student).requires_grad_(False),) if target_decay else ()
+
+    @property
+    def target_network(self) -> nn.Module:
+        return self._target[0] if self._target else self.student
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TargetedObjective":
+        """What ``.to()`` calls: the target goes where the student goes."""
+        for target in self._target:
+            target._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def targets(self) -> tuple[nn.Module, ...]:
+        return self._target
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._target:
+            target = [local(parameter) for parameter in self._target[0].parameters()]
+            online = [local(parameter) for parameter in self.student.parameters()]
+            torch._foreach_lerp_(target, online, 1 - self.target_decay)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        targets = {f"target.{name}": value for net in self._target for name, value in net.state_dict().items()}
+        return super().extra_state() | targets
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        target = {name: value for name, value in state.items() if self._target and name.startswith("target.")}
+        super().load_extra_state({name: value for name, value in state.items() if name not in target})
+        for net in self._target:
+            net.load_state_dict({name.removeprefix("target."): value for name, value in target.items()})
 
 
 def mean_square(difference: Tensor) -> Tensor:

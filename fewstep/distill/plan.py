@@ -16,29 +16,20 @@ from fewstep.distill.config import (
     ConsistencyConfig,
     CurvatureConfig,
     FlowMatchingConfig,
-    JvpMode,
-    LogitNormalTimes,
-    MeanFlowConfig,
     ProgressiveConfig,
-    TimesConfig,
-    TruncatedLogNormalTimes,
-    UShapedTimes,
 )
 from fewstep.distill.consistency import ConsistencyDistillation
-from fewstep.distill.couplings import Noise, assignment, gaussian_noise, independent, paired_noise, sinkhorn
 from fewstep.distill.curvature import CurvatureWeighting
+from fewstep.distill.flow_maps.config import FlowMapConfig, TrajectoryConfig
+from fewstep.distill.flow_maps.methods import Given, objective_of
 from fewstep.distill.flow_matching import FlowMatching
-from fewstep.distill.meanflow import MeanFlow
+from fewstep.distill.ingredients import derivative_of, noise_of, teachers_noise, times_of
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveStage, SolverMap, stage_domain, stage_steps
-from fewstep.distill.tangent import Derivative, central_difference, forward_derivative
 from fewstep.errors import UsageError
 from fewstep.flow import PATHS
-from fewstep.sources import SOURCES
 from fewstep.students.maps import AverageVelocityMap
-from fewstep.teachers.config import AssignmentCoupling, NoiseConfig, SinkhornCoupling
 from fewstep.teachers.load import Teacher
-from fewstep.times import Times, logit_normal, shifted, truncated_log_normal, u_shaped, uniform
 
 
 @dataclass(frozen=True)
@@ -62,38 +53,6 @@ def plan(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Sta
 def first_steps(stages: tuple[Stage, ...]) -> list[int]:
     """The global optimiser step at which each stage begins, and the total as last entry."""
     return [0, *accumulate(stage.steps for stage in stages)]
-
-
-def times_of(config: TimesConfig) -> Times:
-    if isinstance(config, LogitNormalTimes):
-        times = logit_normal(config.mean, config.std)
-    elif isinstance(config, TruncatedLogNormalTimes):
-        times = truncated_log_normal(config.mean, config.std, config.sigma_min, config.sigma_max)
-    elif isinstance(config, UShapedTimes):
-        times = u_shaped(config.sharpness)
-    else:
-        times = uniform
-    return times if config.shift == 1 else shifted(times, config.shift)
-
-
-def noise_of(config: NoiseConfig) -> Noise:
-    coupling = config.coupling
-    if isinstance(coupling, AssignmentCoupling):
-        pairs = assignment(config.group_size)
-    elif isinstance(coupling, SinkhornCoupling):
-        pairs = sinkhorn(config.group_size, coupling.epsilon)
-    else:
-        pairs = independent
-    return paired_noise(SOURCES[config.source], pairs)
-
-
-def teachers_noise(teacher: Teacher | None) -> Noise:
-    """A student sees the noise, and the pairs, that its teacher was trained on."""
-    return gaussian_noise if teacher is None else noise_of(teacher.noise)
-
-
-def derivative_of(mode: JvpMode, step: float) -> Derivative:
-    return forward_derivative if mode == "forward" else central_difference(step)
 
 
 def _flow_matching(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
@@ -125,23 +84,36 @@ def _flow_matching(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
     return (Stage("flow matching", config.train.steps, 0, build),)
 
 
-def _meanflow(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
-    objective = config.objective
-    assert isinstance(objective, MeanFlowConfig)
+def _flow_map(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
+    objective, total = config.objective, config.train.steps
+    assert isinstance(objective, FlowMapConfig)
+    warm = objective.warm_start
+    begin = 0 if warm is None else warm.steps
+    if begin >= total:
+        raise UsageError(f"objective.warm_start.steps {begin} leaves none of train.steps {total} to {objective.kind}")
 
-    def build(student: nn.Module, previous: nn.Module | None) -> Objective:
-        return MeanFlow(
+    def given(student: nn.Module) -> Given:
+        return Given(
             student,
-            velocity=teacher.field if teacher is not None and objective.velocity == "teacher" else None,
-            times=times_of(objective.times),
-            jump_fraction=objective.jump_fraction,
-            weight_power=objective.weight_power,
-            weight_offset=objective.weight_offset,
-            derivative=derivative_of(objective.jvp, objective.jvp_step),
-            noise=teachers_noise(teacher),
+            teacher,
+            teachers_noise(teacher),
+            data.num_classes,
+            config.student.guidance_input,
+            done=lambda step: (step - begin) / (total - begin),
         )
 
-    return (Stage("MeanFlow", config.train.steps, 0, build),)
+    def build(student: nn.Module, previous: nn.Module | None) -> Objective:
+        return objective_of(objective, given(student))
+
+    serves = 1 if objective.kind == "free_flow" else 0
+    stages = (Stage(objective.kind.replace("_", " "), total - begin, serves, build),)
+    if warm is None:
+        return stages
+
+    def build_warm(student: nn.Module, previous: nn.Module | None) -> Objective:
+        return objective_of(TrajectoryConfig(solver=warm.solver, nodes=warm.nodes), given(student))
+
+    return (Stage("trajectory regression", begin, serves, build_warm), *stages)
 
 
 def _progressive(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
@@ -191,7 +163,17 @@ def _consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> t
 
 PLANS = {
     "flow_matching": _flow_matching,
-    "meanflow": _meanflow,
     "progressive": _progressive,
     "consistency": _consistency,
+    "meanflow": _flow_map,
+    "improved_meanflow": _flow_map,
+    "modular_meanflow": _flow_map,
+    "alpha_flow": _flow_map,
+    "soflow": _flow_map,
+    "split_meanflow": _flow_map,
+    "shortcut": _flow_map,
+    "terminal_velocity": _flow_map,
+    "align_your_flow": _flow_map,
+    "free_flow": _flow_map,
+    "trajectory": _flow_map,
 }

@@ -1,7 +1,9 @@
-"""The derivative of a student along the path, ``du/dt = (v . grad_x) u + d_t u``, in two ways.
+"""Derivatives of a student in its times, each in two ways: forward-mode differentiation and finite differences.
 
-A derivative is a function ``(net, x, v, t, r, label) -> du/dt`` of a network ``net(x, t, r, label)``, with ``x``, ``v``
-and the result ``[B, *D]`` and times ``[B]``. Neither way leaves a graph behind: what they give is a target.
+A ``Derivative`` is a function ``(net, x, v, t, r, label) -> du/dt`` of a network ``net(x, t, r, label)``: the one along
+the path, ``(v . grad_x) u + d_t u``, with ``x``, ``v`` and the result ``[B, *D]`` and times ``[B]``. It leaves no graph
+behind: what it gives is a target. A ``PathDerivative`` gives ``(u, du/dt)``, and an ``EndDerivative`` ``(net, x, t, r,
+label) -> (u, d_r u)`` of the end of the jump, both with a graph, for the rules whose gradient passes the derivative.
 """
 
 from collections.abc import Callable
@@ -10,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Derivative = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Net = nn.Module | Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Derivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+PathDerivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+EndDerivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def forward_derivative(
-    net: nn.Module, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None
-) -> Tensor:
+def forward_derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
     """One forward-mode product of ``net`` at ``(x, t)`` with the tangents ``(v, 1)``, in full precision.
 
     The attention kernel is fixed here and nowhere else: of torch's, only the plain one has a forward derivative.
@@ -36,10 +39,59 @@ def central_difference(step: float) -> Derivative:
     """
 
     @torch.no_grad()
-    def derivative(net: nn.Module, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             ahead = net(x + step * v, t_B + step, r_B, label_B)
             behind = net(x - step * v, t_B - step, r_B, label_B)
         return (ahead - behind) / (2 * step)
+
+    return derivative
+
+
+def path_derivative(
+    net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``(u, du/dt)`` from one forward-mode product with the tangents ``(v, 1)``, differentiable."""
+
+    def u(x: Tensor, t: Tensor) -> Tensor:
+        return net(x, t, r_B, label_B)
+
+    with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        both = torch.func.jvp(u, (x, t_B), (v, torch.ones_like(t_B)))
+    return both[0], both[1]
+
+
+def path_difference(step: float) -> PathDerivative:
+    """``(u, du/dt)`` with the central difference of ``central_difference``, differentiable: three evaluations."""
+
+    def derivative(
+        net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            ahead = net(x + step * v, t_B + step, r_B, label_B)
+            behind = net(x - step * v, t_B - step, r_B, label_B)
+            return net(x, t_B, r_B, label_B), (ahead - behind) / (2 * step)
+
+    return derivative
+
+
+def end_derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(u, d_r u)`` from one forward-mode product with the tangent 1 of ``r``, differentiable."""
+
+    def u(r: Tensor) -> Tensor:
+        return net(x, t_B, r, label_B)
+
+    with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        both = torch.func.jvp(u, (r_B,), (torch.ones_like(r_B),))
+    return both[0], both[1]
+
+
+def end_difference(step: float) -> EndDerivative:
+    """``(u, d_r u)`` with a central difference in ``r``, differentiable: three evaluations."""
+
+    def derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            ahead, behind = (net(x, t_B, r_B + h, label_B) for h in (step, -step))
+            return net(x, t_B, r_B, label_B), (ahead - behind) / (2 * step)
 
     return derivative

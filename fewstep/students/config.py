@@ -15,3 +15,4 @@ class StudentConfig(Block):
     kind: Literal["velocity", "average_velocity", "consistency"]
     init: Literal["teacher", "scratch"] = "teacher"
     network: NetworkConfig | None = None
+    guidance_input: bool = False

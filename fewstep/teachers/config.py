@@ -46,12 +46,15 @@ class RunTeacher(Block):
     """A velocity network trained by ``fewstep teach``: the path of its run. ``guidance = 1`` is off.
 
     ``precision: bf16`` evaluates it in bfloat16, time embeddings apart, in half the memory. One trained by contrastive
-    flow matching is corrected for the bias of that, unless ``correct_contrast`` is false.
+    flow matching is corrected for the bias of that, unless ``correct_contrast`` is false. With ``weak``, the run of a
+    worse teacher of the same kind, guidance goes away from that one instead of from the model without a class
+    (autoguidance).
     """
 
     kind: Literal["run"] = "run"
     path: str
     guidance: float = Field(1.0, ge=0)
+    weak: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     correct_contrast: bool = True
 

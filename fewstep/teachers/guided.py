@@ -1,5 +1,6 @@
-"""Classifier-free guidance as a wrapper around any conditional velocity field."""
+"""Guidance as a wrapper around any velocity field: away from the one without the class, or from a weaker one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,36 +8,66 @@ from torch import Tensor
 
 from fewstep.flow import VelocityField
 
+Contrast = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""``(x, t, label) -> (good, bad)``: two velocities; guidance goes from the bad one through the good one and beyond."""
+
 
 @dataclass(frozen=True)
-class GuidedField:
-    """``v_u + w (v_c - v_u)`` (Ho and Salimans 2207.12598, in the form where ``w = 1`` is off).
-
-    ``null_label`` is the label that stands for "no class". Both velocities come from one call on a doubled batch, which
-    still is two network evaluations per sample.
-    """
+class ClassContrast:
+    """A conditional field with the label against the same field without: classifier-free guidance (Ho and Salimans
+    2207.12598). ``null_label`` stands for "no class". Both come from one call on a doubled batch, which still is two
+    network evaluations per sample."""
 
     field: VelocityField
-    w: float
     null_label: int
 
     @property
     def nfe(self) -> int:
         return 2 * self.field.nfe
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
         if label_B is None:
             raise ValueError("guidance needs labels")
         null_B = torch.full_like(label_B, self.null_label)
-        both = self.field(torch.cat((x, x)), torch.cat((t_B, t_B)), torch.cat((label_B, null_B)))
-        v_c, v_u = both.chunk(2)
-        return v_u + self.w * (v_c - v_u)
+        v_c, v_u = self.field(torch.cat((x, x)), torch.cat((t_B, t_B)), torch.cat((label_B, null_B))).chunk(2)
+        return v_c, v_u
+
+
+@dataclass(frozen=True)
+class WeakContrast:
+    """A field against a weaker one of the same kind, with the same label: autoguidance (Karras et al. 2406.02507)."""
+
+    field: VelocityField
+    weak: VelocityField
+
+    @property
+    def nfe(self) -> int:
+        return self.field.nfe + self.weak.nfe
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.field(x, t_B, label_B), self.weak(x, t_B, label_B)
+
+
+@dataclass(frozen=True)
+class GuidedField:
+    """``v_bad + w (v_good - v_bad)``, where ``w = 1`` is off."""
+
+    contrast: ClassContrast | WeakContrast
+    w: float
+
+    @property
+    def nfe(self) -> int:
+        return self.contrast.nfe
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        good, bad = self.contrast(x, t_B, label_B)
+        return bad + self.w * (good - bad)
 
 
 def guided(field: VelocityField, w: float, null_label: int | None) -> VelocityField:
-    """``field`` itself at ``w = 1``, else its guided wrapper. ``ValueError`` if the field knows no labels."""
+    """``field`` itself at ``w = 1``, else under classifier-free guidance. ``ValueError`` if it knows no labels."""
     if w == 1:
         return field
     if null_label is None:
         raise ValueError(f"guidance {w:g} asked of a teacher without classes")
-    return GuidedField(field, w, null_label)
+    return GuidedField(ClassContrast(field, null_label), w)

@@ -23,7 +23,7 @@ from fewstep.networks.embeddings import to_bfloat16
 from fewstep.teachers.analytic import MixtureTeacher
 from fewstep.teachers.config import AnalyticTeacher, NoiseConfig, RunTeacher, TeacherConfig
 from fewstep.teachers.contrastive import CorrectedField
-from fewstep.teachers.guided import guided
+from fewstep.teachers.guided import ClassContrast, GuidedField, WeakContrast
 from fewstep.teachers.network import NetworkField, freeze
 
 MIXTURES = {"eight_gaussians": EIGHT_GAUSSIANS, "mixture": MIXTURE, "mixture_1d": MIXTURE_1D}
@@ -35,7 +35,8 @@ class Teacher:
     """A frozen velocity field (guidance included) and what it is.
 
     ``net`` and ``network`` are None for an analytic teacher; ``digest`` identifies the weights (or the formula).
-    ``noise`` is what it was trained on.
+    ``noise`` is what it was trained on, ``contrast`` the pair of velocities that guidance acts between, where there is
+    one (the class against none, or the teacher against a weaker one), before any guidance.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Teacher:
     digest: str
     params: int
     noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
+    contrast: ClassContrast | WeakContrast | None = None
 
 
 def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, device: torch.device) -> Teacher:
@@ -56,7 +58,45 @@ def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, 
 
 
 def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher:
-    path = Path(config.path)
+    main = _network(Path(config.path), config, data, device)
+    if config.guidance != 1 and not data.num_classes and config.weak is None:
+        raise UsageError(
+            f"teacher.guidance {config.guidance:g} needs a class-conditional teacher, or a weaker one beside it "
+            f"(teacher.weak); {config.path} has no classes"
+        )
+    contrast: ClassContrast | WeakContrast | None = None
+    identity = main.digest
+    if config.weak is not None:
+        weak = _network(Path(config.weak), config, data, device)
+        contrast, identity = WeakContrast(main.field, weak.field), digest((main.digest + weak.digest).encode())
+    elif data.num_classes:
+        contrast = ClassContrast(main.field, data.num_classes)
+    return Teacher(
+        name=main.name,
+        field=main.field if config.guidance == 1 or contrast is None else GuidedField(contrast, config.guidance),
+        net=main.net,
+        network=main.network,
+        guidance=config.guidance,
+        digest=identity,
+        params=parameter_count(main.net),
+        noise=main.noise,
+        contrast=contrast,
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained network as a field, corrected for contrast but not guided."""
+
+    name: str
+    field: VelocityField
+    net: nn.Module
+    network: NetworkConfig
+    digest: str
+    noise: NoiseConfig
+
+
+def _network(path: Path, config: RunTeacher, data: Dataset, device: torch.device) -> _Trained:
     if not path.exists():
         recipe = path.name if path.name in recipe_names() else "CONFIG"
         usual = path == Path("runs") / recipe
@@ -85,28 +125,14 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
         evaluated = to_bfloat16(copy.deepcopy(net)).to(device)
     else:
         evaluated = net.to(device)
-    classes = data.num_classes
-    if config.guidance != 1 and not classes:
-        raise UsageError(
-            f"teacher.guidance {config.guidance:g} needs a class-conditional teacher; {path} has no classes"
-        )
-    field = guided(NetworkField(evaluated), config.guidance, classes or None)
+    field: VelocityField = NetworkField(evaluated)
     name = str(card["name"])
     with damage_in(exported.folder):
         noise = NoiseConfig.model_validate(card.get("noise", {}))
         if card.get("contrast") and config.correct_contrast:
             field = CorrectedField(field, card["contrast"], exported.weights(DATA_MEAN)["mean"].to(device))
             name += " (corrected)"
-    return Teacher(
-        name=name,
-        field=field,
-        net=net,
-        network=network,
-        guidance=config.guidance,
-        digest=exported.digest(),
-        params=parameter_count(net),
-        noise=noise,
-    )
+    return _Trained(name, field, net, network, exported.digest(), noise)
 
 
 def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
@@ -117,4 +143,5 @@ def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
     field = MixtureTeacher.from_spec(spec)
     if config.guidance != 1:
         raise UsageError("teacher.guidance: the analytic teacher is not guided; leave it at 1")
-    return Teacher(f"exact {data.name}", field, None, None, 1.0, digest(repr(spec).encode()), 0)
+    contrast = ClassContrast(field, field.num_classes) if field.num_classes else None
+    return Teacher(f"exact {data.name}", field, None, None, 1.0, digest(repr(spec).encode()), 0, contrast=contrast)

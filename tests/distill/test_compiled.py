@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
+from family import meanflow
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -14,10 +15,8 @@ from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import digits
 from fewstep.distill.compiled import compile_objective
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.tangent import central_difference, forward_derivative
 from fewstep.errors import EnvironmentFault, FewstepError, UsageError
-from fewstep.times import uniform
 
 BACKEND = "aot_eager"
 """Traces and differentiates as the default backend does, and generates no code."""
@@ -30,10 +29,6 @@ def _forget_what_was_compiled() -> None:
 
 def batch() -> Batch:
     return BatchSource(digits(), 8, 0, device=torch.device("cpu")).batch(0)
-
-
-def meanflow(student: nn.Module) -> MeanFlow:
-    return MeanFlow(student, velocity=None, times=uniform, jump_fraction=0.5, weight_power=0.0, weight_offset=1e-2)
 
 
 def graphs() -> int:

@@ -18,6 +18,7 @@ from fewstep.data.dataset import Batch, BatchSource, Dataset, LatentScale
 from fewstep.data.load import digits
 from fewstep.distill.couplings import gaussian_noise
 from fewstep.distill.export import data_mean
+from fewstep.distill.flow_maps.velocity import TeacherVelocity
 from fewstep.distill.flow_matching import FlowMatching, next_in_group
 from fewstep.distill.plan import plan
 from fewstep.flow import PATHS
@@ -26,7 +27,7 @@ from fewstep.students.load import load_model
 from fewstep.teachers.analytic import GaussianTeacher
 from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.contrastive import CorrectedField
-from fewstep.teachers.guided import GuidedField
+from fewstep.teachers.guided import guided
 from fewstep.teachers.load import load_teacher
 from fewstep.teachers.network import NetworkField
 
@@ -160,8 +161,8 @@ def test_correction_commutes_with_guidance() -> None:
     """Guided then corrected equals corrected then guided, at twice the cost of a call either way."""
     z, t, label, mean = normal(7, 3), torch.linspace(0, 1, 7, dtype=torch.float64), torch.arange(7) % 2, normal(3)
     field = Counted(classed)
-    first = CorrectedField(GuidedField(field, w=2.5, null_label=2), 0.2, mean)
-    last = GuidedField(CorrectedField(field, 0.2, mean), w=2.5, null_label=2)
+    first = CorrectedField(guided(field, w=2.5, null_label=2), 0.2, mean)
+    last = guided(CorrectedField(field, 0.2, mean), w=2.5, null_label=2)
     torch.testing.assert_close(first(z, t, label), last(z, t, label), rtol=0, atol=1e-12)
     assert (CorrectedField(field, 0.2, mean).nfe, first.nfe, last.nfe) == (1, 2, 2)
 
@@ -257,7 +258,9 @@ def test_students_learn_from_the_corrected_field(run: Path, correct: bool) -> No
     )
     teacher = load_teacher(config.teacher, config.data, digits(), CPU)
     (stage,) = plan(config, teacher, digits())
-    assert isinstance(stage.build(nn.Linear(1, 1), None).velocity, CorrectedField) == correct
+    velocity = stage.build(nn.Linear(1, 1), None).velocity
+    assert isinstance(velocity, TeacherVelocity)
+    assert isinstance(velocity.field, CorrectedField) == correct
 
 
 def test_another_average_keeps_the_mean(run: Path, tmp_path: Path) -> None:

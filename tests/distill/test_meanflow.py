@@ -6,15 +6,17 @@ exact too; on arbitrary times its rounding (6e-8) is what remains.
 
 import math
 
+import family
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.data.toys import MIXTURE_1D, MixtureSpec
+from fewstep.distill.flow_maps.objective import FlowMapMatching
 from fewstep.distill.flow_matching import FlowMatching
-from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.objective import LossOutput
+from fewstep.distill.tangent import Derivative, Net, forward_derivative
 from fewstep.flow import VelocityField
 from fewstep.keys import Key
 from fewstep.networks.build import build_network
@@ -58,17 +60,10 @@ def meanflow(
     *,
     times: Times = dyadic,
     jump_fraction: float = 0.75,
-    weight_power: float = 0.0,
-    weight_offset: float = 1e-2,
-) -> MeanFlow:
-    return MeanFlow(
-        student,
-        velocity=velocity,
-        times=times,
-        jump_fraction=jump_fraction,
-        weight_power=weight_power,
-        weight_offset=weight_offset,
-    )
+    derivative: Derivative = forward_derivative,
+    **weight: float,
+) -> FlowMapMatching:
+    return family.meanflow(student, velocity, times=times, jump_fraction=jump_fraction, derivative=derivative, **weight)
 
 
 def data(teacher: GaussianTeacher | MixtureTeacher, count: int) -> Batch:
@@ -166,7 +161,7 @@ def test_total_derivative_is_a_central_difference() -> None:
     t = torch.linspace(0.2, 0.9, len(x), dtype=torch.float64)
     r = 0.4 * t
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    du_dt = meanflow(net, None).total_derivative(x, v, t, r, label)
+    du_dt = forward_derivative(net, x, v, t, r, label)
     h = 1e-6
     with torch.no_grad():
         difference = (net(x + h * v, t + h, r, label) - net(x - h * v, t - h, r, label)) / (2 * h)
@@ -177,13 +172,13 @@ def test_total_derivative_is_a_central_difference() -> None:
 
 @TEACHERS
 def test_identity_on_the_exact_map(teacher: GaussianTeacher | MixtureTeacher) -> None:
-    """``u = v - (t - r) du/dt`` with the derivative of ``total_derivative``, and by a difference along the flow."""
+    """``u = v - (t - r) du/dt`` with the forward derivative, and by a difference along the flow."""
     e = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64)[:, None]
     one = torch.ones(101, dtype=torch.float64)
     t, r, h = 0.8 * one, 0.3 * one, 1e-5
     x = teacher.flow_map(e, one, t)
     u, v = teacher.average_velocity(x, t, r), teacher(x, t)
-    du_dt = meanflow(ExactStudent(teacher), teacher).total_derivative(x, v, t, r, None)
+    du_dt = forward_derivative(ExactStudent(teacher), x, v, t, r, None)
     torch.testing.assert_close(u, v - 0.5 * du_dt, rtol=0, atol=1e-12)
     ahead, behind = (teacher.average_velocity(teacher.flow_map(x, t, t + d), t + d, r) for d in (h, -h))
     torch.testing.assert_close(u, v - 0.5 * (ahead - behind) / (2 * h), rtol=0, atol=1e-6)
@@ -194,20 +189,12 @@ def test_identity_on_the_exact_map(teacher: GaussianTeacher | MixtureTeacher) ->
 def test_wrong_tangents_would_be_seen(teacher: GaussianTeacher | MixtureTeacher, tangent: float) -> None:
     """The control of the tests above: with another time tangent the exact student's residual is of order one."""
 
-    class WrongTangent(MeanFlow):
-        @torch.no_grad()
-        def total_derivative(self, x_t: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
-            tangents = (v, tangent * torch.ones_like(t_B))
-            return torch.func.jvp(lambda x, t: self.student(x, t, r_B, label_B), (x_t, t_B), tangents)[1]
+    @torch.no_grad()
+    def wrong(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+        tangents = (v, tangent * torch.ones_like(t_B))
+        return torch.func.jvp(lambda x, t: net(x, t, r_B, label_B), (x, t_B), tangents)[1]
 
-    objective = WrongTangent(
-        ExactStudent(teacher),
-        velocity=teacher,
-        times=dyadic,
-        jump_fraction=0.75,
-        weight_power=0,
-        weight_offset=1e-2,
-    )
+    objective = meanflow(ExactStudent(teacher), teacher, derivative=wrong)
     loss = objective.forward(data(teacher, 512), KEY).per_sample_B
     assert float(loss[128:].detach().mean().sqrt()) > 0.1
 
@@ -260,7 +247,7 @@ def test_gradient_is_that_of_a_constant_target() -> None:
     x_t, t, r = recorded[-1]
     order = torch.argsort(jump_rows(batch.index, 0.75).int(), stable=True)
     v = KEY.normal("noise", batch.index[order], (3,)) - batch.x[order]
-    target = v - (t - r)[:, None] * objective.total_derivative(x_t, v, t, r, None)
+    target = v - (t - r)[:, None] * forward_derivative(net, x_t, v, t, r, None)
     mse = (net(x_t, t, r) - target).square().mean(dim=1)
     torch.testing.assert_close(loss, mse, rtol=1e-9, atol=1e-12)
     for ours, theirs in zip(gradients(loss.mean(), net), gradients(mse.mean(), net), strict=True):

@@ -21,7 +21,7 @@ from fewstep.networks.config import MLPConfig
 from fewstep.sampling import SOLVERS, Solver, sample_map, sample_ode
 from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
 from fewstep.teachers.analytic import ExactMap, GaussianTeacher, MixtureTeacher
-from fewstep.teachers.guided import GuidedField
+from fewstep.teachers.guided import guided
 from fewstep.teachers.network import freeze
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -107,8 +107,7 @@ def test_target_of_an_exact_teacher_is_its_average_velocity() -> None:
 def test_guidance_is_folded_into_the_target(w: float) -> None:
     """Both steps are guided, the second from the point the guided first one reached; by hand, with labels."""
     x, label = normal(42, 1), torch.arange(42) % 3
-    guided = GuidedField(CLASSES, w, 3)
-    stage = ProgressiveStage(NOTHING, teacher=SolverMap(guided), steps=2)
+    stage = ProgressiveStage(NOTHING, teacher=SolverMap(guided(CLASSES, w, 3)), steps=2)
     v = stage.target(x, at(0.5, x), at(0.25, x), at(0.0, x), label)
 
     def combined(x: Tensor, t: float) -> Tensor:
@@ -138,8 +137,8 @@ def test_guiding_an_affine_teacher_commutes_with_the_target() -> None:
         return stage.target(x, at(1.0, x), at(0.75, x), at(0.5, x), torch.zeros(40, dtype=torch.int64))
 
     v_c, v_u = target(SolverMap(conditional, "heun")), target(SolverMap(null, "heun"))
-    guided = target(SolverMap(GuidedField(Both(), w, 1), "heun"))
-    torch.testing.assert_close(guided, v_u + w * (v_c - v_u), **EXACT)
+    v = target(SolverMap(guided(Both(), w, 1), "heun"))
+    torch.testing.assert_close(v, v_u + w * (v_c - v_u), **EXACT)
     assert (v_c - v_u).abs().min() > 0.1
 
 
@@ -295,8 +294,6 @@ def test_stage_domain() -> None:
 
 
 def test_evaluations_of_a_solver_map() -> None:
-    guided = GuidedField(CLASSES, 2.0, 3)
-    counts = [
-        SolverMap(teacher, solver).nfe for teacher in (CLASSES, guided) for solver in ("euler", "heun", "midpoint")
-    ]
+    fields = (CLASSES, guided(CLASSES, 2.0, 3))
+    counts = [SolverMap(teacher, solver).nfe for teacher in fields for solver in ("euler", "heun", "midpoint")]
     assert counts == [1, 2, 2, 2, 4, 4]

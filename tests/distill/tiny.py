@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import family
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -12,15 +13,15 @@ from fewstep.data.load import digits
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.consistency import ConsistencyDistillation
 from fewstep.distill.flow_matching import FlowMatching
-from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveStage, SolverMap
 from fewstep.distill.train import TrainState, make_accelerator, train
+from fewstep.flow import VelocityField
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
-from fewstep.teachers.guided import GuidedField
+from fewstep.teachers.guided import guided
 from fewstep.teachers.network import NetworkField, freeze
-from fewstep.times import logit_normal, uniform
+from fewstep.times import logit_normal
 
 CONFIG = TrainConfig(
     batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=3, weight_decay=0.5, grad_clip=0.5, ema=(0.9, 0.5)
@@ -38,9 +39,9 @@ def network(*, two_times: bool, seed: int = 0) -> nn.Module:
     return net
 
 
-def teacher_field() -> GuidedField:
+def teacher_field() -> VelocityField:
     """A guided random teacher: as good as any to check that a loss is what it was."""
-    return GuidedField(NetworkField(freeze(network(two_times=False, seed=1))), w=1.5, null_label=10)
+    return guided(NetworkField(freeze(network(two_times=False, seed=1))), w=1.5, null_label=10)
 
 
 def student() -> nn.Module:
@@ -54,18 +55,11 @@ def flow_matching() -> Objective:
 
 
 def meanflow() -> Objective:
-    return MeanFlow(
-        student(),
-        velocity=teacher_field(),
-        times=logit_normal(-0.4, 1.0),
-        jump_fraction=0.5,
-        weight_power=0.0,
-        weight_offset=1e-2,
-    )
+    return family.meanflow(student(), teacher_field(), times=logit_normal(-0.4, 1.0))
 
 
 def meanflow_from_data() -> Objective:
-    return MeanFlow(student(), velocity=None, times=uniform, jump_fraction=0.25, weight_power=0.75, weight_offset=1e-2)
+    return family.meanflow(student(), jump_fraction=0.25, weight_power=0.75)
 
 
 def progressive() -> Objective:

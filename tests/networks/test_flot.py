@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refuse, student, succeed
+from family import meanflow
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,7 +16,6 @@ from fewstep.config import load_config
 from fewstep.data.dataset import BatchSource
 from fewstep.data.load import digits
 from fewstep.distill.compiled import compile_objective
-from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.run import check_training
 from fewstep.distill.tangent import central_difference, forward_derivative
 from fewstep.errors import UsageError
@@ -24,7 +24,6 @@ from fewstep.networks.config import SIZES, FloTConfig
 from fewstep.networks.embeddings import sinusoidal, to_bfloat16
 from fewstep.networks.flot import Attention, FloT, angles, normalise, patchify, rotate, unpatchify
 from fewstep.students.initialise import copy_teacher
-from fewstep.times import uniform
 
 CONFIG = FloTConfig(patch=2, width=24, depth=2, heads=3)
 SHAPE = (3, 4, 6)
@@ -225,7 +224,7 @@ def test_compiled_it_is_the_same() -> None:
     net = build_network(FloTConfig(width=16, depth=1, heads=2), (1, 8, 8), 10, two_times=True)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
-    objective = MeanFlow(net, velocity=None, times=uniform, jump_fraction=0.5, weight_power=0.0, weight_offset=1e-2)
+    objective = meanflow(net)
     compile_objective(objective, BatchSource(digits(), 8, 0, device=torch.device("cpu")).batch(0), backend="aot_eager")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from family import meanflow
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.compiled import compile_objective
-from fewstep.distill.meanflow import MeanFlow
 from fewstep.distill.tangent import central_difference, forward_derivative
 from fewstep.errors import UsageError
 from fewstep.keys import Key
@@ -19,7 +19,6 @@ from fewstep.networks.dropout import keyed_dropout
 from fewstep.networks.embeddings import TimeEmbedding, to_bfloat16
 from fewstep.networks.unet import Attention, Block, Down, Up
 from fewstep.students.initialise import copy_teacher
-from fewstep.times import uniform
 
 CONFIG = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.25)
 SHAPE = (3, 8, 8)
@@ -169,7 +168,7 @@ def test_the_compiled_network_and_derivative() -> None:
     """One graph each, checked against eager mode; masks change from step to step without another."""
     torch._dynamo.reset()
     net, eager = network(), network()
-    objective = MeanFlow(net, velocity=None, times=uniform, jump_fraction=0.5, weight_power=0.0, weight_offset=1e-2)
+    objective = meanflow(net)
     x, t, r, label = batch()
     v, index = torch.randn_like(x), torch.arange(len(x))
     torch._dynamo.utils.counters.clear()

@@ -48,7 +48,7 @@ def test_guidance_is_affine(w: float) -> None:
     v_c, v_u = conditional_and_unconditional()
     x, t, label = points()
     wanted = {0.0: v_u, 1.0: v_c}.get(w, (1 - w) * v_u + w * v_c)
-    torch.testing.assert_close(GuidedField(CLASSES, w, NULL)(x, t, label), wanted, **EXACT)
+    torch.testing.assert_close(guided(CLASSES, w, NULL)(x, t, label), wanted, **EXACT)
 
 
 def test_scale_one_is_the_field_itself() -> None:
@@ -64,7 +64,7 @@ def test_guidance_doubles_the_evaluations(w: float) -> None:
     field: VelocityField = guided(CLASSES, w, NULL)
     assert isinstance(field, GuidedField)
     assert field.nfe == 2
-    assert GuidedField(field, 2.0, NULL).nfe == 4
+    assert guided(field, 2.0, NULL).nfe == 4
     x, _, label = points()
     assert sample_ode(field, x, torch.tensor([1.0, 0.5, 0.0]), label).nfe == 4
 
@@ -81,7 +81,7 @@ def test_one_call_on_a_doubled_batch() -> None:
             return x
 
     x, t, label = points()
-    GuidedField(Recorder(), 2.0, 7)(x, t, label)
+    guided(Recorder(), 2.0, 7)(x, t, label)
     ((states, times, labels),) = calls
     assert torch.equal(states, torch.cat((x, x)))
     assert torch.equal(times, torch.cat((t, t)))
@@ -91,7 +91,7 @@ def test_one_call_on_a_doubled_batch() -> None:
 def test_what_guidance_refuses() -> None:
     x, t, _ = points()
     with pytest.raises(ValueError, match="guidance needs labels"):
-        GuidedField(CLASSES, 2.0, NULL)(x, t)
+        guided(CLASSES, 2.0, NULL)(x, t)
     with pytest.raises(ValueError, match="guidance 2 asked of a teacher without classes"):
         guided(GaussianTeacher(0.0, 1.0), 2.0, None)
 
