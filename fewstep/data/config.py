@@ -14,12 +14,14 @@ class DigitsConfig(Block):
 
 
 class ToyConfig(Block):
-    """A toy distribution in one or two dimensions, ``count`` points of it drawn with ``seed``."""
+    """A toy distribution in one or two dimensions, ``count`` points of it drawn with ``seed``; ``classes: false`` forgets
+    which class they are of."""
 
     kind: Literal["toy"] = "toy"
     name: Literal["checkerboard", "two_moons", "eight_gaussians", "mixture", "mixture_1d"]
     count: int = Field(20_000, ge=100)
     seed: int = 0
+    classes: bool = True
 
 
 class FilesConfig(Block):

@@ -53,8 +53,9 @@ def _digits(config: object) -> Dataset:
 
 def _toy(config: ToyConfig) -> Dataset:
     toy = TOYS[config.name](config.count, config.seed)
-    num_classes = 0 if toy.label is None else int(toy.label.max()) + 1
-    return Dataset(f"toy-{config.name}", toy.x, toy.label, num_classes, kind="points")
+    label = toy.label if config.classes else None
+    num_classes = 0 if label is None else int(label.max()) + 1
+    return Dataset(f"toy-{config.name}", toy.x, label, num_classes, kind="points")
 
 
 def _images(config: ImagesConfig) -> Dataset:

@@ -143,5 +143,5 @@ def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
     field = MixtureTeacher.from_spec(spec)
     if config.guidance != 1:
         raise UsageError("teacher.guidance: the analytic teacher is not guided; leave it at 1")
-    contrast = ClassContrast(field, field.num_classes) if field.num_classes else None
+    contrast = ClassContrast(field, field.num_classes) if field.num_classes and data.classes else None
     return Teacher(f"exact {data.name}", field, None, None, 1.0, digest(repr(spec).encode()), 0, contrast=contrast)

@@ -33,11 +33,12 @@ def watch(net: nn.Module, seen: dict[str, set[torch.dtype]], prefix: str = "") -
 
 def test_the_parts_that_stay_in_full_precision() -> None:
     objective = tiny.meanflow()
-    assert isinstance(objective.velocity.field, NetworkField)
+    field = objective.velocity.field.contrast.field
+    assert isinstance(field, NetworkField)
     within: dict[str, set[torch.dtype]] = {}
     seen: dict[str, set[torch.dtype]] = {}
     watch(objective.student, seen)
-    watch(objective.velocity.field.net, seen, "teacher.")
+    watch(field.net, seen, "teacher.")
     derivative = objective.derivative
 
     def watched(net: nn.Module, *arguments: Tensor) -> Tensor:
