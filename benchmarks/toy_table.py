@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def errors(net: nn.Module) -> dict[str, float]:
     for steps in (1, 2, 4):
         x = start.float()
         grid = uniform_grid(steps).tolist()
-        for a, b in zip(grid[:-1], grid[1:], strict=True):
+        for a, b in pairwise(grid):
             with torch.no_grad():
                 x = x - (a - b) * net(x, torch.full((1000,), a), torch.full((1000,), b))
         gap = x.double().sort(dim=0).values - wanted.sort(dim=0).values

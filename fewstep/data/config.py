@@ -14,8 +14,8 @@ class DigitsConfig(Block):
 
 
 class ToyConfig(Block):
-    """A toy distribution in one or two dimensions, ``count`` points of it drawn with ``seed``; ``classes: false`` forgets
-    which class they are of."""
+    """A toy distribution in one or two dimensions, ``count`` points of it drawn with ``seed``, with their classes or
+    without."""
 
     kind: Literal["toy"] = "toy"
     name: Literal["checkerboard", "two_moons", "eight_gaussians", "mixture", "mixture_1d"]

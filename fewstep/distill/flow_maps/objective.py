@@ -86,10 +86,14 @@ class FlowMapMatching(TargetedObjective):
         else:
             u = torch.cat((self.output(rows[:diagonal], key), goal.prediction))
 
-        share = torch.ones_like(rows.t)
-        share[diagonal:] = goal.share
-        delta = (u - target) / expand(share, u)
-        loss = share * self.weight(delta, rows.t, rows.r)
+        delta = u - target
+        if goal.share == 1:
+            loss = self.weight(delta, rows.t, rows.r)
+        else:
+            share = torch.ones_like(rows.t)
+            share[diagonal:] = goal.share
+            delta = delta / expand(share, u)
+            loss = share * self.weight(delta, rows.t, rows.r)
         return LossOutput(loss, *self.residuals(delta, rows, diagonal, goal))
 
     def rows(self, batch: Batch, key: Key) -> tuple[Rows, int]:
