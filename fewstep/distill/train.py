@@ -114,7 +114,7 @@ def train(
         compile_objective(objective, source.batch(first_step + done))
     prepared = _distribute(objective, accelerator, sharded=sharded)
     student = objective.student
-    parameters = list(student.parameters())
+    parameters = [*student.parameters(), *objective.own_parameters().values()]  # the student's first, for checkpoints
     emas = tuple(EMA(student, average) for average in config.ema)
     optimizer = build_optimizer(parameters, config)
     if start is not None:
