@@ -26,8 +26,15 @@ class ConditionShift(nn.Module):
         self.data_shift = nn.Parameter(torch.zeros(num_classes + 1, *shape))
         self.noise_shift = nn.Parameter(torch.zeros(num_classes + 1, *shape))
 
-    def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t_B: Tensor,
+        r_B: Tensor,
+        label_B: Tensor | None = None,
+        guidance_B3: Tensor | None = None,
+    ) -> Tensor:
         row_B = torch.full((len(x),), self.num_classes, device=x.device) if label_B is None else label_B
         mu_x, mu_e = self.data_shift[row_B].to(x.dtype), self.noise_shift[row_B].to(x.dtype)
         t = expand(t_B, x).to(x.dtype)
-        return self.net(x + (1 - t) * mu_x + t * mu_e, t_B, r_B, label_B) - (mu_e - mu_x)
+        return self.net(x + (1 - t) * mu_x + t * mu_e, t_B, r_B, label_B, guidance_B3) - (mu_e - mu_x)

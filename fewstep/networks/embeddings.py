@@ -1,4 +1,4 @@
-"""Embeddings of one and of two times."""
+"""Embeddings of times and of guidance."""
 
 import math
 
@@ -39,10 +39,35 @@ class TimeEmbedding(nn.Module):
             return self.outer(nn.functional.silu(self.inner(features)))
 
 
+class GuidanceEmbedding(nn.Module):
+    """Guidance ``(w, low, high) [B, 3] -> [B, width]``: sinusoids of ``1 / w``, ``low`` and ``high`` and two linear
+    layers, the last of which starts at exactly zero.
+
+    All three numbers lie in [0, 1] where ``w >= 1``, so they change no faster than times do. In float32 as times are.
+    """
+
+    def __init__(self, width: int, *, max_frequency: float, features: int = 32) -> None:
+        super().__init__()
+        self.features = features
+        self.max_frequency = max_frequency
+        self.inner = nn.Linear(3 * features, width)
+        self.outer = nn.Linear(width, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, guidance_B3: Tensor) -> Tensor:
+        with torch.autocast(guidance_B3.device.type, enabled=False):
+            w_B, low_B, high_B = guidance_B3.unbind(dim=1)
+            features = [sinusoidal(number, self.features, self.max_frequency) for number in (1 / w_B, low_B, high_B)]
+            hidden = self.inner(torch.cat(features, dim=-1).to(self.inner.weight.dtype))
+            return self.outer(nn.functional.silu(hidden))
+
+
 def to_bfloat16(net: nn.Module) -> nn.Module:
-    """The network's weights in bfloat16, those of its time embeddings excepted. Returns the same module."""
+    """The network's weights in bfloat16, those of its embeddings of times and guidance excepted. Returns the same
+    module."""
     net.to(torch.bfloat16)
     for module in net.modules():
-        if isinstance(module, TimeEmbedding):
+        if isinstance(module, TimeEmbedding | GuidanceEmbedding):
             module.float()
     return net

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UsageError
+from fewstep.networks.condition import ConditionedNetwork, Inputs
 from fewstep.networks.config import FloTConfig
-from fewstep.networks.embeddings import TimeEmbedding
 
 BASE = 100.0
 """Slowest rotation: one radian in about this many patches. Sides have tens of patches, where texts have thousands."""
@@ -103,34 +103,28 @@ class Block(nn.Module):
         return h_BND + m_gate * self.outer(F.gelu(self.inner(modulated), approximate="tanh"))
 
 
-class FloT(nn.Module):
-    """``net(x, t, r, label) -> [B, C, H, W]`` with the condition ``emb(t) + emb(t - r) + emb(label)``.
-
-    Times, labels and the precision of the output are as in ``MLP``: a network of one time ignores ``r``, one of two
-    that has just copied it returns the same velocity for every ``r``, to the bit, and label ``num_classes`` is null.
+class FloT(ConditionedNetwork):
+    """``net(x, t, r, label, guidance) -> [B, C, H, W]`` under the conditions of ``ConditionedNetwork``; the output has
+    the precision of ``x``. The last modulation, after all blocks, has the condition of the last of them.
 
     Rotations tell patches how they lie to each other. Where they lie is a learned vector per patch: without it patches
     that look the same would stay the same, and pure noise could not become a mean image.
     """
 
-    def __init__(self, shape: tuple[int, ...], config: FloTConfig, num_classes: int, *, two_times: bool) -> None:
-        super().__init__()
+    def __init__(self, shape: tuple[int, ...], config: FloTConfig, inputs: Inputs) -> None:
         if len(shape) != 3:
             raise UsageError(f"a network of kind flot takes images, not samples of shape {list(shape)}")
         channels, height, width = shape
         patch = config.patch
         if height % patch or width % patch:
             raise UsageError(f"a network of kind flot with patch {patch} does not divide images of {height} x {width}")
-        self.num_classes = num_classes
+        # Half as wide: the projections into every block would otherwise hold a third of the parameters.
+        condition = config.width // 2
+        super().__init__(condition, config.depth, inputs, max_frequency=config.max_frequency)
         self.shape = shape
         self.patch = patch
         self.grid = (height // patch, width // patch)
         self.pairs = config.width // config.heads // 2
-        # Half as wide: the projections into every block would otherwise hold a third of the parameters.
-        condition = config.width // 2
-        self.embed_t = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=False)
-        self.embed_gap = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=True) if two_times else None
-        self.embed_label = nn.Embedding(num_classes + 1, condition) if num_classes else None
         self.enter = nn.Linear(channels * patch * patch, config.width)
         # As large as a patch's own vector: started near zero, it takes hundreds of steps to be heard.
         self.place = nn.Parameter(0.5 * torch.randn(self.grid[0] * self.grid[1], config.width))
@@ -144,20 +138,20 @@ class FloT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
-        condition = self.embed_t(t_B)
-        if self.embed_gap is not None:
-            condition = condition + self.embed_gap(t_B - r_B)
-        if self.embed_label is not None:
-            if label_B is None:
-                label_B = torch.full((len(x),), self.num_classes, device=x.device)
-            condition = condition + self.embed_label(label_B)
+    def forward(
+        self,
+        x: Tensor,
+        t_B: Tensor,
+        r_B: Tensor,
+        label_B: Tensor | None = None,
+        guidance_B3: Tensor | None = None,
+    ) -> Tensor:
         h = self.enter(patchify(x, self.patch).to(self.enter.weight.dtype)) + self.place
-        condition = F.silu(condition).to(h.dtype)
+        conditions = self.conditions(t_B, r_B, label_B, guidance_B3, h.dtype)
         turn = angles(*self.grid, self.pairs, like=x)
         cos, sin = turn.cos(), turn.sin()
-        for block in self.blocks:
+        for block, condition in zip(self.blocks, conditions, strict=True):
             h = block(h, condition, cos, sin)
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        shift, scale = self.modulation(conditions[-1])[:, None].chunk(2, dim=-1)
         tokens = self.leave(self.norm(h) * (1 + scale) + shift)
         return unpatchify(tokens.to(x.dtype), self.shape, self.patch)

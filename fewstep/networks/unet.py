@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UsageError
+from fewstep.networks.condition import ConditionedNetwork, Inputs
 from fewstep.networks.config import UNetConfig
 from fewstep.networks.dropout import Dropout
-from fewstep.networks.embeddings import TimeEmbedding
 
 
 def normalise(h_BCHW: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ class Attention(nn.Module):
 
 
 class Down(nn.Module):
-    """Half the resolution. Called as a stage is, and needs no condition."""
+    """Half the resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, h_BCHW: Tensor, condition_BE: Tensor) -> Tensor:
+    def forward(self, h_BCHW: Tensor) -> Tensor:
         return self.conv(h_BCHW)
 
 
@@ -108,24 +108,19 @@ class Stage(nn.Module):
         return self.up(self.attention(self.block(h_BCHW, condition_BE)))
 
 
-class UNet(nn.Module):
-    """``net(x, t, r, label) -> [B, C, H, W]`` with the condition ``emb(t) + emb(t - r) + emb(label)``.
-
-    Times, labels and the precision of the output are as in ``MLP``: a network of one time ignores ``r``, one of two
-    that has just copied it returns the same velocity for every ``r``, to the bit, and label ``num_classes`` is null.
+class UNet(ConditionedNetwork):
+    """``net(x, t, r, label, guidance) -> [B, C, H, W]`` under the conditions of ``ConditionedNetwork``; the output has
+    the precision of ``x``. Its blocks are the stages, in the order in which they act: down, middle, up.
 
     A level of ``blocks`` stages per multiplier, each at half the resolution of the one before. On the way up every
     stage, one more per level, sees beside its input what the way down gave at its place, last out first in.
     """
 
-    def __init__(self, shape: tuple[int, ...], config: UNetConfig, num_classes: int, *, two_times: bool) -> None:
-        super().__init__()
+    def __init__(self, shape: tuple[int, ...], config: UNetConfig, inputs: Inputs) -> None:
         sides = level_sides(shape, config)
-        self.num_classes = num_classes
         condition = 4 * config.channels
-        self.embed_t = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=False)
-        self.embed_gap = TimeEmbedding(condition, max_frequency=config.max_frequency, zero=True) if two_times else None
-        self.embed_label = nn.Embedding(num_classes + 1, condition) if num_classes else None
+        stages = (2 * config.blocks + 1) * len(config.multipliers) + 2
+        super().__init__(condition, stages, inputs, max_frequency=config.max_frequency)
 
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         heads = [
@@ -157,24 +152,24 @@ class UNet(nn.Module):
         self.norm = Norm(h)
         self.leave = zeroed(nn.Conv2d(h, shape[0], 3, padding=1))
 
-    def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
-        condition = self.embed_t(t_B)
-        if self.embed_gap is not None:
-            condition = condition + self.embed_gap(t_B - r_B)
-        if self.embed_label is not None:
-            if label_B is None:
-                label_B = torch.full((len(x),), self.num_classes, device=x.device)
-            condition = condition + self.embed_label(label_B)
+    def forward(
+        self,
+        x: Tensor,
+        t_B: Tensor,
+        r_B: Tensor,
+        label_B: Tensor | None = None,
+        guidance_B3: Tensor | None = None,
+    ) -> Tensor:
         h = self.enter(x.to(self.enter.weight.dtype))
-        condition = F.silu(condition).to(h.dtype)
+        conditions = iter(self.conditions(t_B, r_B, label_B, guidance_B3, h.dtype))
         skips = [h]
         for stage in self.down:
-            h = stage(h, condition)
+            h = stage(h) if isinstance(stage, Down) else stage(h, next(conditions))
             skips.append(h)
         for stage in self.middle:
-            h = stage(h, condition)
+            h = stage(h, next(conditions))
         for stage in self.up:
-            h = stage(torch.cat((h, skips.pop()), dim=1), condition)
+            h = stage(torch.cat((h, skips.pop()), dim=1), next(conditions))
         return self.leave(F.silu(self.norm(h))).to(x.dtype)
 
 

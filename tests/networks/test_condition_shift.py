@@ -120,7 +120,9 @@ class ExactAverage(nn.Module):
         super().__init__()
         self.means = means
 
-    def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None, guidance_B3: Tensor | None = None
+    ) -> Tensor:
         # A Gaussian is moved to the origin, where it has the same flow, and back.
         mean = self.means[label_B]
         offset = (1 - t_B).reshape(-1, 1, 1, 1) * mean
@@ -170,7 +172,9 @@ def test_precision_is_that_of_the_state() -> None:
     seen: list[Tensor] = []
 
     class Recorder(nn.Module):
-        def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        def forward(
+            self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None, guidance_B3: Tensor | None = None
+        ) -> Tensor:
             seen.append(t_B)
             return x
 

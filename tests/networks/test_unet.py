@@ -101,7 +101,7 @@ def test_resolutions_by_hand() -> None:
     torch.manual_seed(0)
     down, up, h = Down(4).double(), Up(4).double(), torch.randn(2, 4, 6, 8, dtype=torch.float64)
     plain = nn.functional.conv2d(h, down.conv.weight, down.conv.bias, padding=1)
-    torch.testing.assert_close(down(h, h), plain[:, :, ::2, ::2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(down(h), plain[:, :, ::2, ::2], rtol=0, atol=1e-12)
     repeated = h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     plain = nn.functional.conv2d(repeated, up.conv.weight, up.conv.bias, padding=1)
     torch.testing.assert_close(up(h), plain, rtol=0, atol=1e-12)
