@@ -344,7 +344,14 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
         network = teacher.network
     assert network is not None
     torch.manual_seed(config.seed)
-    student = build_network(network, data.shape, data.num_classes, two_times=config.student.kind != "velocity")
+    student = build_network(
+        network,
+        data.shape,
+        data.num_classes,
+        two_times=config.student.two_times,
+        split=config.student.split,
+        guidance=config.student.guidance_input,
+    )
     if config.student.init == "teacher" and teacher is not None and teacher.net is not None:
         copy_teacher(student, teacher.net)
     return student
