@@ -19,6 +19,7 @@ from fewstep.commands.shared import (
     AsJson,
     Config,
     DryRun,
+    GuidanceOption,
     Out,
     Overrides,
     Overwrite,
@@ -28,6 +29,7 @@ from fewstep.commands.shared import (
     RunPath,
     Seed,
     SolverOption,
+    WindowOption,
     user_errors,
 )
 from fewstep.console import Meter, emit_json, meter, say, stderr
@@ -234,6 +236,8 @@ def sample(
     n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Sample i comes from (seed, i) alone.")] = 0,
     solver: SolverOption = None,
+    guidance: GuidanceOption = None,
+    window: WindowOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Changes the speed, not the samples.")] = 256,
     out: Annotated[Path | None, typer.Option("--out", help="Folder (default: RUN/samples).")] = None,
     as_json: AsJson = False,
@@ -243,6 +247,7 @@ def sample(
     Example: fewstep sample runs/digits-meanflow --steps 2 --n 100
     """
     with user_errors():
+        chosen = _guidance(guidance, window)
         from fewstep.checkpoint import write_tensors
         from fewstep.evaluation.quantise import to_uint8
         from fewstep.evaluation.strips import samples_grid
@@ -252,8 +257,10 @@ def sample(
         folder = out or run / "samples"
         if out is not None:
             check_folder(folder)
-        sampled = sample_run(run, steps=steps, n=n, seed=seed, batch_size=batch_size, solver=_name(solver))
-        stem = f"steps-{steps:02d}-seed-{seed}" if solver is None else f"{solver}-steps-{steps:02d}-seed-{seed}"
+        sampled = sample_run(
+            run, steps=steps, n=n, seed=seed, batch_size=batch_size, solver=_name(solver), guidance=chosen
+        )
+        stem = "-".join([*([solver] if solver else []), *_said(chosen), f"steps-{steps:02d}-seed-{seed}"])
         x = to_uint8(sampled.x) if sampled.data.kind == "image" else sampled.x
         tensors = {"x": x} | ({} if sampled.label is None else {"label": sampled.label})
         write_tensors(folder / f"{stem}.safetensors", tensors, {"model": sampled.model.digest, "seed": str(seed)})
@@ -301,6 +308,8 @@ def evaluate(
     features: Annotated[str | None, typer.Option("--features", help="Extractors, for example pixels,digits.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of noise and labels, shared by all rows.")] = 0,
     solver: SolverOption = None,
+    guidance: GuidanceOption = None,
+    window: WindowOption = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sampling batch.")] = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")
@@ -322,6 +331,7 @@ def evaluate(
     """
     with user_errors():
         counts = _step_counts(steps)
+        chosen = _guidance(guidance, window)
         for option, bound in (("--max-fd", max_fd), ("--min-recall", min_recall)):
             if bound is not None and not math.isfinite(bound):
                 raise UsageError(f"{option} takes a finite number, got {bound}")
@@ -345,6 +355,7 @@ def evaluate(
                 steps=counts,
                 seed=seed,
                 weights=weights,
+                guidance=chosen,
                 report=_show_row(shown),
             )
         write_results(run / "results.json", results)
@@ -367,6 +378,33 @@ def evaluate(
 
 def _name(solver: Any) -> Any:
     return None if solver is None else solver.value
+
+
+def _guidance(scale: float | None, window: str | None) -> Any:
+    """``--guidance`` and ``--window`` as a ``GuidanceInput``, None where neither was given."""
+    if scale is None:
+        if window is not None:
+            raise UsageError("--window says when --guidance acts: give that too")
+        return None
+    try:
+        low, high = (float(part) for part in ("0,1" if window is None else window).split(","))
+    except ValueError:
+        raise UsageError(f"--window takes two times separated by a comma, got '{window}'") from None
+    from fewstep.students.maps import GuidanceInput
+
+    try:
+        return GuidanceInput(scale, low, high)
+    except ValueError as error:
+        raise UsageError(f"--guidance, --window: {error}") from None
+
+
+def _said(guidance: Any) -> list[str]:
+    """Guidance in the name of a file."""
+    if guidance is None:
+        return []
+    whole = (guidance.low, guidance.high) == (0, 1)
+    window = [] if whole else [f"window-{guidance.low:g}-{guidance.high:g}"]
+    return [f"guidance-{guidance.scale:g}", *window]
 
 
 def _show_row(shown: Meter) -> Callable[[Any, int, int], None]:

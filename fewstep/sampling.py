@@ -116,6 +116,11 @@ def sample_renoise(
     raise AssertionError("unreachable: the grid ends at 0")
 
 
+Window = tuple[float, float]
+ALWAYS: Window = (0.0, 1.0)
+"""Times from the lower to the higher, both included, in which something acts."""
+
+
 class Sampler(Protocol):
     """A model together with its sampling rule and the source of its noise: all that evaluation needs to know of it."""
 
@@ -134,15 +139,19 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class OdeSampler:
-    """A velocity field under a solver on a uniform grid: any number of steps."""
+    """A velocity field under a solver on a uniform grid: any number of steps.
+
+    ``window`` is where its guidance acts, for its name alone.
+    """
 
     field: VelocityField
     solver: Solver = "euler"
     source: Source = gaussian
+    window: Window = ALWAYS
 
     @property
     def name(self) -> str:
-        return self.solver
+        return _name(self.solver, self.window)
 
     def check(self, steps: int) -> None:
         uniform_grid(steps)
@@ -155,16 +164,18 @@ class OdeSampler:
 class MapSampler:
     """Flow maps keyed by the number of steps they serve (0 serves any number), with their rule.
 
-    ``jumps`` chains jumps along a uniform grid; ``renoise`` jumps to data and re-noises between the nodes.
+    ``jumps`` chains jumps along a uniform grid; ``renoise`` jumps to data and re-noises between the nodes. ``window``
+    is where guidance acts, for its name alone.
     """
 
     maps: dict[int, FlowMap]
     rule: Literal["jumps", "renoise"]
     source: Source = gaussian
+    window: Window = ALWAYS
 
     @property
     def name(self) -> str:
-        return self.rule
+        return _name(self.rule, self.window)
 
     def check(self, steps: int) -> None:
         uniform_grid(steps)
@@ -178,6 +189,11 @@ class MapSampler:
         if self.rule == "renoise":
             return sample_renoise(flow_map, noise, uniform_grid(steps), label_B, key, index_B, self.source)
         return sample_map(flow_map, noise, uniform_grid(steps), label_B)
+
+
+def _name(rule: str, window: Window) -> str:
+    """Rows of guidance in two windows are two samplers'."""
+    return rule if window == ALWAYS else f"{rule}, guided in [{window[0]:g}, {window[1]:g}]"
 
 
 def _difference(r_B: Tensor, t_B: Tensor, x: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, 
 from fewstep.files import check_folder, write_atomic, write_json
 from fewstep.sampling import OdeSampler, Solver
 from fewstep.sources import SOURCES
-from fewstep.students.load import LoadedModel, load_model
+from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes_guidance, with_guidance
+from fewstep.students.maps import GuidanceInput
 from fewstep.students.model_card import model_readme
+from fewstep.teachers.config import TeacherConfig
 from fewstep.teachers.load import Teacher, load_teacher
 
 DEMO_TEACHER = "digits-teacher"
@@ -61,9 +63,17 @@ class SampledRun:
 
 
 def sample_run(
-    run: Path, *, steps: int, n: int, seed: int, batch_size: int, solver: Solver | None = None
+    run: Path,
+    *,
+    steps: int,
+    n: int,
+    seed: int,
+    batch_size: int,
+    solver: Solver | None = None,
+    guidance: GuidanceInput | None = None,
 ) -> SampledRun:
     """Samples ``0 .. n - 1`` of a seed from a finished run. ``solver`` is for teachers; a student has its own rule.
+    ``guidance`` is for teachers with classes and for students that take it as an input.
 
     The model says what its samples are like: the data it was trained on need not be there.
     """
@@ -72,6 +82,8 @@ def sample_run(
     model = load_model(run, device)
     if solver is not None:
         model = _with_solver(model, solver)
+    if guidance is not None:
+        model = with_guidance(model, guidance)
     _check_steps(model, (steps,))
     said = model.card["data"]
     data = Dataset(said["name"], torch.empty(0, *said["shape"]), None, said["num_classes"], said["kind"])
@@ -127,16 +139,20 @@ def evaluate_runs(
     steps: tuple[int, ...] | None = None,
     seed: int = 0,
     weights: Path | None = None,
+    guidance: GuidanceInput | None = None,
     report: Seen = unseen,
 ) -> Report:
     """Sweep finished runs that share a data set, with the teacher of the first student among them as anchor.
 
     ``settings`` defaults to the ``evaluate`` block of the first run; ``steps`` overrides the step counts of all
-    students.
+    students. ``guidance`` is that of every model, which has to take it; a teacher with classes beside a student that
+    takes it is guided as the student is.
     """
     device = default_device()
     configs = [read_config(run) for run in runs]
     models = [load_model(run, device) for run in runs]
+    if guidance is not None:
+        models = [with_guidance(model, guidance) for model in models]
     data_config = configs[0].data
     for run, config in zip(runs, configs, strict=True):
         if config.data != data_config:
@@ -159,10 +175,14 @@ def evaluate_runs(
         candidates.append(_candidate(model, own))
         facts.append(_facts(model))
     if not any(candidate.role == "teacher" for candidate in candidates):
-        config = next(config for config in configs if config.teacher is not None or config is configs[-1])
+        config, model = next(
+            (config, model)
+            for config, model in zip(configs, models, strict=True)
+            if config.teacher is not None or config is configs[-1]
+        )
         if config.teacher is not None and settings.teacher_steps:
-            teacher = load_teacher(config.teacher, data_config, data, device)
-            candidates.append(_teacher_candidate(teacher, settings.teacher_steps, settings.solver))
+            candidate, teacher = _beside(model, config.teacher, data_config, data, device, settings, guidance)
+            candidates.append(candidate)
             facts.append(_teacher_facts(teacher, config))
 
     names = [candidate.name for candidate in candidates]
@@ -205,12 +225,37 @@ def _with_solver(model: LoadedModel, solver: Solver) -> LoadedModel:
     return replace(model, sampler=replace(model.sampler, solver=solver))
 
 
+def _beside(
+    model: LoadedModel,
+    config: TeacherConfig,
+    data_config: DataConfig,
+    data: Dataset,
+    device: torch.device,
+    settings: EvaluateConfig,
+    guidance: GuidanceInput | None,
+) -> tuple[Candidate, Teacher]:
+    """The teacher of a student; guided as the student is, where guidance is an input of the one and the other has
+    classes."""
+    steps, solver = settings.teacher_steps, settings.solver
+    if config.kind != "run" or not data.num_classes or not takes_guidance(model.card):
+        teacher = load_teacher(config, data_config, data, device)
+        return _teacher_candidate(teacher, steps, solver), teacher
+    guidance = guidance or GuidanceInput(1.0)
+    teacher = load_teacher(config.model_copy(update={"guidance": 1.0}), data_config, data, device)
+    sampler = guided_sampler(_teacher_sampler(teacher, solver), data.num_classes, guidance)
+    return replace(_teacher_candidate(teacher, steps, solver), sampler=sampler, guidance=guidance.scale), teacher
+
+
+def _teacher_sampler(teacher: Teacher, solver: Solver) -> OdeSampler:
+    return OdeSampler(teacher.field, solver, SOURCES[teacher.noise.source])
+
+
 def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...], solver: Solver) -> Candidate:
     return Candidate(
         name=teacher.name,
         role="teacher",
         objective="flow_matching" if teacher.net is not None else "exact",
-        sampler=OdeSampler(teacher.field, solver, SOURCES[teacher.noise.source]),
+        sampler=_teacher_sampler(teacher, solver),
         steps=steps,
         guidance=teacher.guidance,
         digest=teacher.digest,

@@ -41,6 +41,13 @@ class SolverChoice(StrEnum):
 SolverOption = Annotated[
     SolverChoice | None, typer.Option("--solver", help="Solver of a teacher's steps; a student has its own rule.")
 ]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option("--guidance", help="Scale, 1 is off: for students that take it as an input, teachers with classes."),
+]
+WindowOption = Annotated[
+    str | None, typer.Option("--window", help="Times in which --guidance acts, for example 0.1,0.8 (default: all).")
+]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 
 

@@ -1,5 +1,6 @@
 """An exported model, teacher or student, as a sampler."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from fewstep.flow import FlowMap, TimeDomain
 from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.sampling import SOLVERS, MapSampler, OdeSampler, Sampler
 from fewstep.sources import SOURCES, Source
-from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
+from fewstep.students.maps import AverageVelocityMap, ConsistencyMap, GuidanceInput
 from fewstep.teachers.config import NoiseConfig
+from fewstep.teachers.guided import guided
 from fewstep.teachers.network import NetworkField, freeze
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A sampler with its card; ``digest`` identifies the weights, ``guidance`` what is built into the samples."""
+    """A sampler with its card; ``digest`` identifies the weights, ``guidance`` the scale of its samples."""
 
     name: str
     role: str
@@ -32,7 +34,10 @@ class LoadedModel:
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """Read a run's exported model. Missing, truncated or foreign files are a ``UsageError``."""
+    """Read a run's exported model. Missing, truncated or foreign files are a ``UsageError``.
+
+    A student that takes guidance as an input comes with it off.
+    """
     exported = read_model(path)
     card = exported.card
     with damage_in(exported.folder):
@@ -41,11 +46,48 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
             role=str(card["role"]),
             objective=str(card["objective"]),
             sampler=replace(_sampler(exported, device), source=_source(exported)),
-            guidance=float(card["guidance"]),
+            guidance=1.0 if takes_guidance(card) else float(card["guidance"]),
             digest=exported.digest(),
             params=parameter_count(network_from_card(card)[1]),
             card=card,
         )
+
+
+def takes_guidance(card: Mapping[str, Any]) -> bool:
+    """Whether guidance is an input of the model."""
+    return bool(card.get("guidance_input", False))
+
+
+def with_guidance(model: LoadedModel, guidance: GuidanceInput) -> LoadedModel:
+    """The same model guided so: a student by its input, at no cost, a teacher with classes by a second evaluation.
+
+    ``UsageError`` for a model that can do neither.
+    """
+    sampler = model.sampler
+    if isinstance(sampler, OdeSampler):
+        classes = model.card["data"]["num_classes"]
+        if not classes:
+            raise UsageError(f"{model.name} is a teacher without classes: --guidance needs one that was taught them")
+        return replace(model, sampler=guided_sampler(sampler, classes, guidance), guidance=guidance.scale)
+    if not takes_guidance(model.card) or not isinstance(sampler, MapSampler):
+        raise UsageError(
+            f"{model.name} is a student that does not take guidance: train it with student.guidance_input=true for "
+            "--guidance, or with teacher.guidance for one scale that is built in"
+        )
+    maps = {steps: _guided_map(flow_map, guidance) for steps, flow_map in sampler.maps.items()}
+    window = (guidance.low, guidance.high)
+    return replace(model, sampler=replace(sampler, maps=maps, window=window), guidance=guidance.scale)
+
+
+def guided_sampler(sampler: OdeSampler, classes: int, guidance: GuidanceInput) -> OdeSampler:
+    """A teacher of ``classes`` classes under classifier-free guidance; two evaluations per call, unless it is off."""
+    field = guided(sampler.field, guidance.scale, classes, guidance.low, guidance.high)
+    return replace(sampler, field=field, window=(guidance.low, guidance.high))
+
+
+def _guided_map(flow_map: FlowMap, guidance: GuidanceInput) -> FlowMap:
+    assert isinstance(flow_map, AverageVelocityMap | ConsistencyMap)
+    return replace(flow_map, guidance=guidance)
 
 
 def _source(exported: ExportedModel) -> Source:
@@ -66,14 +108,16 @@ def _sampler(exported: ExportedModel, device: torch.device) -> OdeSampler | MapS
 
 def _maps(exported: ExportedModel, device: torch.device) -> dict[int, FlowMap]:
     kind = exported.card["student"]
+    guidance = GuidanceInput(1.0) if takes_guidance(exported.card) else None
     maps: dict[int, FlowMap] = {}
     for steps, entry in exported.sampler["steps"].items():
         net = _network(exported, entry["weights"], device)
         if kind == "consistency":
-            maps[int(steps)] = ConsistencyMap(net)
+            maps[int(steps)] = ConsistencyMap(net, guidance=guidance)
         elif kind == "average_velocity":
             grid = tuple(entry["times"]) if "times" in entry else ()
-            maps[int(steps)] = AverageVelocityMap(net, TimeDomain("grid", grid) if grid else TimeDomain("any"))
+            domain = TimeDomain("grid", grid) if grid else TimeDomain("any")
+            maps[int(steps)] = AverageVelocityMap(net, domain, guidance=guidance)
         else:
             raise UsageError(f"{exported.folder}: this version knows no student of kind {kind!r}")
     return maps

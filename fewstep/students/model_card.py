@@ -13,7 +13,6 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         serves = "any number of steps"
     else:
         serves = "exactly " + ", ".join(str(count) for count in steps) + " steps"
-    guidance = card["guidance"]
     lines = [
         f"# {card['name']}",
         "",
@@ -22,7 +21,7 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         f"- data: {card['data']['name']}, shape {card['data']['shape']}, {card['data']['num_classes']} classes",
         f"- convention: {card['convention']}",
         *_noise(card),
-        f"- guidance: {'none' if guidance == 1 else f'{guidance:g}, built in: do not guide again'}",
+        f"- guidance: {_guidance(card)}",
         f"- teacher: {card['teacher'] or 'none'}",
         f"- weights: exponential moving average ({card['ema']}); {card['params']:,} parameters",
         f"- training: {card['train']['steps']:,} steps, {card['train']['samples']:,} samples",
@@ -33,6 +32,13 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _guidance(card: Mapping[str, Any]) -> str:
+    if card.get("guidance_input"):
+        return "an input of the network (`--guidance 2.5 --window 0.1,0.8`), off unless it is given"
+    scale = card["guidance"]
+    return "none" if scale == 1 else f"{scale:g}, built in: do not guide again"
 
 
 def _noise(card: Mapping[str, Any]) -> list[str]:

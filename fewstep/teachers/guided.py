@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.flow import VelocityField
+from fewstep.flow import VelocityField, expand
 
 Contrast = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """``(x, t, label) -> (good, bad)``: two velocities; guidance goes from the bad one through the good one and beyond."""
@@ -50,10 +50,13 @@ class WeakContrast:
 
 @dataclass(frozen=True)
 class GuidedField:
-    """``v_bad + w (v_good - v_bad)``, where ``w = 1`` is off."""
+    """``v_bad + w (v_good - v_bad)``, where ``w = 1`` is off, as it is at times outside of ``[low, high]``
+    (Kynkäänniemi et al. 2404.07724)."""
 
     contrast: ClassContrast | WeakContrast
     w: float
+    low: float = 0.0
+    high: float = 1.0
 
     @property
     def nfe(self) -> int:
@@ -61,13 +64,18 @@ class GuidedField:
 
     def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
         good, bad = self.contrast(x, t_B, label_B)
-        return bad + self.w * (good - bad)
+        beyond = bad + self.w * (good - bad)
+        if (self.low, self.high) == (0, 1):
+            return beyond
+        return torch.where(expand((t_B >= self.low) & (t_B <= self.high), x), beyond, good)
 
 
-def guided(field: VelocityField, w: float, null_label: int | None) -> VelocityField:
+def guided(
+    field: VelocityField, w: float, null_label: int | None, low: float = 0.0, high: float = 1.0
+) -> VelocityField:
     """``field`` itself at ``w = 1``, else under classifier-free guidance. ``ValueError`` if it knows no labels."""
     if w == 1:
         return field
     if null_label is None:
         raise ValueError(f"guidance {w:g} asked of a teacher without classes")
-    return GuidedField(ClassContrast(field, null_label), w)
+    return GuidedField(ClassContrast(field, null_label), w, low, high)
