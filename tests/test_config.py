@@ -154,6 +154,17 @@ OVERRIDES = {
     ),
     "a grid that is no multiple": ("objective={kind: consistency, start_nodes: 3, nodes: 8}", ["nodes 8", "3"]),
     "a guided teacher that is not asked": ("teacher.guidance=2", ["teacher.guidance", "velocity data"]),
+    "an unknown second time": ("student.second_time=split", ["student.second_time", "'gap' or 'layers'", "'split'"]),
+    "all layers early": (
+        "student={kind: average_velocity, second_time: layers, early_layers: 1}",
+        ["student.early_layers", "less than 1", "got 1"],
+    ),
+    "early layers by gap": ("student.early_layers=0.5", ["student: ", "early_layers", "second_time layers"]),
+}
+
+TEACHERS = {
+    "two times": ("student.second_time=layers", ["student: ", "second_time layers", "students", "one time"]),
+    "guidance as an input": ("student.guidance_input=true", ["student: ", "guidance_input", "students"]),
 }
 
 
@@ -164,6 +175,23 @@ def test_a_wrong_override_is_one_sentence(case: str, tmp_path: Path) -> None:
     path.write_text(STUDENT)
     refuse("distill", path, override, "--out", tmp_path / "run", says=tuple(words))
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_what_is_for_students_alone(case: str, tmp_path: Path) -> None:
+    override, words = TEACHERS[case]
+    refuse("teach", "digits-teacher", override, "--out", tmp_path / "run", says=("digits-teacher: ", *words))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_s_second_time_and_guidance() -> None:
+    student = load_config("digits-meanflow").student
+    assert (student.split, student.guidance_input, student.two_times) == (None, False, True)
+    overrides = ["student.second_time=layers", "student.guidance_input=true"]
+    student = load_config("digits-meanflow", overrides).student
+    assert (student.split, student.guidance_input) == (0.7, True)
+    assert load_config("digits-meanflow", [*overrides, "student.early_layers=0.25"]).student.split == 0.25
+    assert not load_config("digits-teacher").student.two_times
 
 
 def test_a_long_value_is_shortened(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from fewstep.flow import FlowMap, TimeDomain
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
-from fewstep.students.initialise import SECOND_TIME, copy_teacher
-from fewstep.students.maps import AverageVelocityMap, ConsistencyMap
+from fewstep.students.initialise import GUIDANCE, SECOND_TIME, copy_teacher
+from fewstep.students.maps import AverageVelocityMap, ConsistencyMap, GuidanceInput, consistency_velocity
 
 CONFIG = MLPConfig(width=32, depth=2)
 
@@ -22,9 +22,9 @@ def trained(*, two_times: bool = False, seed: int = 0, config: MLPConfig = CONFI
     return net
 
 
-def fresh() -> nn.Module:
+def fresh(*, split: float | None = None, guidance: bool = False) -> nn.Module:
     torch.manual_seed(5)
-    return build_network(CONFIG, (2, 3), 4, two_times=True)
+    return build_network(CONFIG, (2, 3), 4, two_times=True, split=split, guidance=guidance)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,10 +75,32 @@ def test_a_two_time_teacher_is_copied_whole() -> None:
     assert not torch.equal(student(x, t, r, label), student(x, t, t, label))
 
 
-def test_the_second_time_is_all_that_is_added() -> None:
-    added = set(fresh().state_dict()) - set(trained().state_dict())
-    assert added
-    assert all(name.startswith(SECOND_TIME) for name in added)
+@pytest.mark.parametrize("split", [None, 0.5])
+def test_a_student_with_guidance_is_copied_whole(split: float | None) -> None:
+    """The previous stage again: with its embedding of guidance, and with its way of seeing two times."""
+    teacher, student = fresh(split=split, guidance=True), fresh(split=split, guidance=True)
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    copy_teacher(student, teacher)
+    x, t, r, label = batch()
+    w = torch.stack((1 + 7 * t, t / 2, (1 + t) / 2), dim=1)
+    wanted = teacher(x, t, r, label, w)
+    assert torch.equal(student(x, t, r, label, w), wanted)
+    assert not torch.allclose(wanted, teacher(x, t, r, label), atol=1e-3)
+    with pytest.raises(ValueError, match=r"left over \['embed_guidance\.inner"):
+        copy_teacher(fresh(split=split), teacher)
+
+
+def test_what_is_added_to_a_teacher() -> None:
+    """The second time; guidance, if it is an input; and where blocks are split between the times, nothing."""
+    for how, names in (
+        ({}, {SECOND_TIME}),
+        ({"guidance": True}, {SECOND_TIME, GUIDANCE}),
+        ({"split": 0.5}, set()),
+        ({"split": 0.5, "guidance": True}, {GUIDANCE}),
+    ):
+        added = set(fresh(**how).state_dict()) - set(trained().state_dict())
+        assert {name.partition(".")[0] for name in added} == names
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
@@ -161,3 +183,42 @@ def test_off_domain_jumps_are_refused() -> None:
             flow_map(x, t, torch.tensor([1.0, 0.75]))
         with pytest.raises(ValueError, match="0 <= r <= t <= 1"):
             flow_map(x, torch.tensor([1.5, 0.5]), torch.tensor([0.5, 0.5]))
+
+
+# ----------------------------------------------------------------------------------------------------------- guidance
+
+
+def test_guidance_reaches_the_network() -> None:
+    """The same three numbers for every sample; a map without them asks nothing of its network."""
+    net = fresh(guidance=True)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, t, r, label = batch()
+    guidance, numbers = GuidanceInput(2.5, 0.1, 0.8), torch.tensor([[2.5, 0.1, 0.8]]).expand(60, 3)
+    gap, zero = (t - r)[:, None, None], torch.zeros_like(t)
+    wanted = x - gap * net(x, t, r, label, numbers)
+    assert torch.equal(AverageVelocityMap(net, guidance=guidance)(x, t, r, label), wanted)
+    assert not torch.allclose(AverageVelocityMap(net)(x, t, r, label), wanted, atol=1e-3)
+    velocity = consistency_velocity(net, x, t, label, numbers)
+    assert torch.equal(velocity, net(x, t, zero, label, numbers))
+    wanted = x - t[:, None, None] * velocity
+    assert torch.equal(ConsistencyMap(net, guidance=guidance)(x, t, zero, label), wanted)
+    assert not torch.allclose(ConsistencyMap(net)(x, t, zero, label), wanted, atol=1e-3)
+
+
+def test_guidance_has_the_precision_of_the_time() -> None:
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    assert GuidanceInput(1.1, 0.3).batch(t).tolist() == [[1.1, 0.3, 1.0]] * 2
+    assert GuidanceInput(1.1).batch(t.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_scales_that_are_none(scale: float) -> None:
+    with pytest.raises(ValueError, match="positive number"):
+        GuidanceInput(scale)
+
+
+@pytest.mark.parametrize("window", [(-0.1, 1.0), (0.0, 1.1), (0.8, 0.1), (float("nan"), 1.0)])
+def test_windows_that_are_none(window: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="lower first"):
+        GuidanceInput(2.0, *window)

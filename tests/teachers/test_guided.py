@@ -51,6 +51,23 @@ def test_guidance_is_affine(w: float) -> None:
     torch.testing.assert_close(guided(CLASSES, w, NULL)(x, t, label), wanted, **EXACT)
 
 
+def test_guidance_acts_in_its_window() -> None:
+    """Both ends included, and the conditional velocity elsewhere; two evaluations at every time."""
+    v_c, v_u = conditional_and_unconditional()
+    x, t, label = points()
+    low, high = float(t[30]), float(t[10])
+    field = guided(CLASSES, 3.0, NULL, low, high)
+    found = field(x, t, label)
+    assert torch.equal(found[10:31], GuidedField(CLASSES, 3.0, NULL)(x, t, label)[10:31])
+    torch.testing.assert_close(found[10:31], (3 * v_c - 2 * v_u)[10:31], **EXACT)
+    torch.testing.assert_close(found[:10], v_c[:10], **EXACT)
+    torch.testing.assert_close(found[31:], v_c[31:], **EXACT)
+    assert field.nfe == 2
+    ends = torch.tensor([0.1, 0.8])  # as a grid gives them: those of float32
+    inside = guided(CLASSES, 3.0, NULL, 0.1, 0.8)(x[:2].float(), ends, label[:2])
+    assert torch.equal(inside, guided(CLASSES, 3.0, NULL)(x[:2].float(), ends, label[:2]))
+
+
 def test_scale_one_is_the_field_itself() -> None:
     """No wrapper, no second evaluation, also for a field without classes."""
     assert guided(CLASSES, 1.0, NULL) is CLASSES
