@@ -78,8 +78,11 @@ class RunConfig(Block):
         if guidance is not None and self.teacher is not None and self.teacher.guidance != 1:
             raise ValueError("objective.guidance and teacher.guidance exclude each other: one of them guides")
         if self.student.guidance_input and guidance is None:
+            can = isinstance(self.objective, RegressionBlock | ShortcutConfig)
             raise ValueError(
-                f"student.guidance_input needs objective.guidance, and an objective that has it, not {kind}"
+                "student.guidance_input needs objective.guidance: what the student is to be told"
+                if can
+                else f"student.guidance_input: objective {kind} knows no guidance that a student could be told"
             )
         if guidance is not None and guidance.largest is not None and not self.student.guidance_input:
             raise ValueError("objective.guidance.largest draws scales, which needs student.guidance_input true")

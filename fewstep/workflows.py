@@ -235,15 +235,15 @@ def _beside(
     guidance: GuidanceInput | None,
 ) -> tuple[Candidate, Teacher]:
     """The teacher of a student; guided as the student is, where guidance is an input of the one and the other has
-    classes."""
+    something to be guided by."""
     steps, solver = settings.teacher_steps, settings.solver
-    if config.kind != "run" or not data.num_classes or not takes_guidance(model.card):
-        teacher = load_teacher(config, data_config, data, device)
-        return _teacher_candidate(teacher, steps, solver), teacher
-    guidance = guidance or GuidanceInput(1.0)
-    teacher = load_teacher(config.model_copy(update={"guidance": 1.0}), data_config, data, device)
-    sampler = guided_sampler(_teacher_sampler(teacher, solver), data.num_classes, guidance)
-    return replace(_teacher_candidate(teacher, steps, solver), sampler=sampler, guidance=guidance.scale), teacher
+    teacher = load_teacher(config, data_config, data, device)
+    beside = _teacher_candidate(teacher, steps, solver)
+    if teacher.contrast is None or not takes_guidance(model.card):
+        return beside, teacher
+    given = guidance or GuidanceInput(1.0)
+    sampler = guided_sampler(_teacher_sampler(teacher, solver), teacher.contrast, given)
+    return replace(beside, sampler=sampler, guidance=given.scale), teacher
 
 
 def _teacher_sampler(teacher: Teacher, solver: Solver) -> OdeSampler:

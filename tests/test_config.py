@@ -187,7 +187,8 @@ def test_what_is_for_students_alone(case: str, tmp_path: Path) -> None:
 def test_a_student_s_second_time_and_guidance() -> None:
     student = load_config("digits-meanflow").student
     assert (student.split, student.guidance_input, student.two_times) == (None, False, True)
-    overrides = ["student.second_time=layers", "student.guidance_input=true"]
+    told = ["student.guidance_input=true", "objective.guidance={scale: 1.0, largest: 4.0}"]
+    overrides = ["student.second_time=layers", *told]
     student = load_config("digits-meanflow", overrides).student
     assert (student.split, student.guidance_input) == (0.7, True)
     assert load_config("digits-meanflow", [*overrides, "student.early_layers=0.25"]).student.split == 0.25

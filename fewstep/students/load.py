@@ -15,7 +15,7 @@ from fewstep.sampling import SOLVERS, MapSampler, OdeSampler, Sampler
 from fewstep.sources import SOURCES, Source
 from fewstep.students.maps import AverageVelocityMap, ConsistencyMap, GuidanceInput
 from fewstep.teachers.config import NoiseConfig
-from fewstep.teachers.guided import guided
+from fewstep.teachers.guided import ClassContrast, GuidedField, WeakContrast
 from fewstep.teachers.network import NetworkField, freeze
 
 
@@ -68,7 +68,8 @@ def with_guidance(model: LoadedModel, guidance: GuidanceInput) -> LoadedModel:
         classes = model.card["data"]["num_classes"]
         if not classes:
             raise UsageError(f"{model.name} is a teacher without classes: --guidance needs one that was taught them")
-        return replace(model, sampler=guided_sampler(sampler, classes, guidance), guidance=guidance.scale)
+        guided = guided_sampler(sampler, ClassContrast(sampler.field, classes), guidance)
+        return replace(model, sampler=guided, guidance=guidance.scale)
     if not takes_guidance(model.card) or not isinstance(sampler, MapSampler):
         raise UsageError(
             f"{model.name} is a student that does not take guidance: train it with student.guidance_input=true for "
@@ -79,10 +80,12 @@ def with_guidance(model: LoadedModel, guidance: GuidanceInput) -> LoadedModel:
     return replace(model, sampler=replace(sampler, maps=maps, window=window), guidance=guidance.scale)
 
 
-def guided_sampler(sampler: OdeSampler, classes: int, guidance: GuidanceInput) -> OdeSampler:
-    """A teacher of ``classes`` classes under classifier-free guidance; two evaluations per call, unless it is off."""
-    field = guided(sampler.field, guidance.scale, classes, guidance.low, guidance.high)
-    return replace(sampler, field=field, window=(guidance.low, guidance.high))
+def guided_sampler(sampler: OdeSampler, contrast: ClassContrast | WeakContrast, guidance: GuidanceInput) -> OdeSampler:
+    """A teacher under guidance; two evaluations per call, unless it is off."""
+    window = (guidance.low, guidance.high)
+    if guidance.scale == 1:
+        return replace(sampler, window=window)
+    return replace(sampler, field=GuidedField(contrast, guidance.scale, *window), window=window)
 
 
 def _guided_map(flow_map: FlowMap, guidance: GuidanceInput) -> FlowMap:
