@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ import typer
 
 from fewstep import __version__
 from fewstep.commands.bench import bench_app
+from fewstep.commands.compare import compare, demo
 from fewstep.commands.data import data_app
 from fewstep.commands.shared import (
     AsJson,
@@ -30,9 +30,11 @@ from fewstep.commands.shared import (
     Seed,
     SolverOption,
     WindowOption,
+    show_row,
+    show_training,
     user_errors,
 )
-from fewstep.console import Meter, emit_json, meter, say, stderr
+from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import FewstepError, GateFailed, UsageError
 from fewstep.launch import is_main_process, launch_lines, launch_text, launched, launched_alone, run_launched
 
@@ -122,15 +124,16 @@ def _train(
     print_launch: bool,
     as_json: bool,
 ) -> None:
-    from fewstep.config import config_yaml, load_config
+    from fewstep.config import command_of, config_yaml, load_config
 
     if seed is not None:
         overrides = [*overrides, f"seed={seed}"]
     config = load_config(source, overrides)
-    trains_teacher = config.objective.kind == "flow_matching"
-    if trains_teacher != (command == "teach"):
-        other = "teach" if trains_teacher else "distill"
-        raise UsageError(f"{config.name} trains a {'teacher' if trains_teacher else 'student'}: use `fewstep {other}`")
+    other = command_of(config)
+    if other != command:
+        raise UsageError(
+            f"{config.name} trains a {'teacher' if other == 'teach' else 'student'}: use `fewstep {other}`"
+        )
     if dry_run and print_launch:
         raise UsageError("--dry-run and --print-launch exclude each other")
     if dry_run:
@@ -155,7 +158,7 @@ def _train(
     from fewstep.files import read_json
 
     try:
-        _show_training(
+        show_training(
             config.name,
             lambda stopped: run_training(
                 config, RunDirectory(path), resume=resume, overwrite=overwrite, stopped=stopped
@@ -211,19 +214,6 @@ def _launch(
         code = said["exit_code"] or code  # the launcher's is that of whichever process failed first
     if code:
         raise typer.Exit(code)
-
-
-def _show_training(title: str, start: Callable[[Callable[[], bool]], Iterator[Any]]) -> None:
-    """Run a training to its end behind a progress meter, stopping cleanly when asked to."""
-    from fewstep.interrupts import stop_requested
-
-    with stop_requested() as stopped, meter(title, show=is_main_process()) as shown:
-        for progress in start(stopped):
-            metrics = progress.metrics
-            detail = progress.stage
-            if metrics:
-                detail += f"  loss {metrics['loss']:.4g}  residual {metrics['residual']:.4g}"
-            shown.update(progress.step, progress.total, detail)
 
 
 # Sampling, evaluation, report ----------------------------------------------------------------------------------------
@@ -356,7 +346,7 @@ def evaluate(
                 seed=seed,
                 weights=weights,
                 guidance=chosen,
-                report=_show_row(shown),
+                report=show_row(shown),
             )
         write_results(run / "results.json", results)
         stderr().print(console_table(results))
@@ -407,10 +397,6 @@ def _said(guidance: Any) -> list[str]:
     return [f"guidance-{guidance.scale:g}", *window]
 
 
-def _show_row(shown: Meter) -> Callable[[Any, int, int], None]:
-    return lambda row, done, total: shown.update(done, total, f"{row.model} at {row.steps} steps")
-
-
 def _step_counts(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -448,59 +434,8 @@ def report(
             emit_json({"report": str(page), "rows": len(results.rows)})
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where the demo's runs and its report go.")] = Path("runs/demo"),
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.")] = 0,
-    n: Annotated[int, typer.Option("--n", min=100, help="Samples per row of the evaluation.")] = 10_000,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Config override for all four runs.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The whole story on shipped data: a teacher, three students, the report. Minutes on a CPU.
-
-    Trains digits-teacher, digits-progressive, digits-meanflow and digits-consistency, then measures them against
-    step counts.
-    """
-    with user_errors():
-        if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
-        if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
-            raise UsageError(f"{out} exists: --resume goes on with it, --overwrite starts it again")
-
-        from fewstep.distill.run import Interrupted
-        from fewstep.evaluation.report import write_report
-        from fewstep.evaluation.report.tables import console_table
-        from fewstep.files import check_folder
-        from fewstep.workflows import demo_configs, demo_evaluate, demo_train, write_results
-
-        check_folder(out)
-        runs = demo_configs(out, seed, overrides or [])
-        if overwrite:
-            for _, run in runs:  # before the first of them is deleted
-                run.check(resume=False, overwrite=True)
-        same = ["fewstep", "demo", "--out", str(out), "--seed", str(seed), "--n", str(n)]
-        same += [word for override in overrides or [] for word in ("--set", override)]
-        for config, run in runs:
-
-            def start(stopped: Callable[[], bool], config: Any = config, run: Any = run) -> Iterator[Any]:
-                return demo_train(
-                    config, run, resume=resume, overwrite=overwrite and run.path.exists(), stopped=stopped
-                )
-
-            try:
-                _show_training(config.name, start)
-            except Interrupted as error:
-                raise Interrupted(f"{error}: {shlex.join([*same, '--resume'])}", error.step) from error
-        with meter("evaluate") as shown:
-            results = demo_evaluate(out, n=n, seed=seed, report=_show_row(shown))
-        write_results(out / "results.json", results)
-        page = write_report(results, out / "report")
-        stderr().print(console_table(results))
-        say(f"report -> {page}")
-        if as_json:
-            emit_json(results.to_json())
+app.command()(compare)
+app.command()(demo)
 
 
 # Recipes and environment ---------------------------------------------------------------------------------------------
@@ -508,16 +443,19 @@ def demo(
 
 @recipes_app.command("list")
 def recipes_list(as_json: AsJson = False) -> None:
-    """List the recipes with what each one is for."""
-    from fewstep.config import recipe_names, recipe_text
+    """List the recipes, each with its command and what it is for."""
+    from fewstep.config import command_of, comparison_names, load_config, recipe_names, recipe_text
 
-    summaries = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
+    commands = {name: command_of(load_config(name)) for name in recipe_names()}
+    commands |= {name: "compare" for name in comparison_names()}
+    names = sorted(commands)
+    summaries = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in names}
     if as_json:
-        emit_json({"recipes": summaries})
+        emit_json({"recipes": summaries, "commands": {name: commands[name] for name in names}})
         return
-    width = max(map(len, summaries))
-    for name, summary in summaries.items():
-        typer.echo(f"{name:<{width}}  {summary}")
+    width = max(map(len, names))
+    for name in names:
+        typer.echo(f"{name:<{width}}  {commands[name]:<7}  {summaries[name]}")
 
 
 @recipes_app.command("show")

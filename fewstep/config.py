@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -93,31 +95,53 @@ class RunConfig(Block):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(
-        path.name.removesuffix(".yaml") for path in files("fewstep.recipes").iterdir() if path.name.endswith(".yaml")
-    )
+    """Names of the recipes of one run each that ship with the package."""
+    return [name for name, text in _shipped().items() if not _COMPARES.search(text)]
+
+
+def comparison_names() -> list[str]:
+    """Names of the recipes that ship for `fewstep compare`: a teacher and several students each."""
+    return [name for name, text in _shipped().items() if _COMPARES.search(text)]
+
+
+def _shipped() -> dict[str, str]:
+    """Name and text of every recipe, by name."""
+    found = sorted(files("fewstep.recipes").iterdir(), key=lambda path: path.name)
+    return {path.name.removesuffix(".yaml"): path.read_text() for path in found if path.name.endswith(".yaml")}
 
 
 def recipe_text(name: str) -> str:
     """A recipe's YAML; an unknown name is a ``UsageError`` with the nearest one."""
-    if name not in recipe_names():
-        raise UsageError(f"no recipe or file called '{name}'; {nearest(name, recipe_names())}")
-    return (files("fewstep.recipes") / f"{name}.yaml").read_text()
+    texts = _shipped()
+    if name not in texts:
+        raise UsageError(f"no recipe or file called '{name}'; {nearest(name, texts)}")
+    return texts[name]
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe name or a YAML file, with ``a.b=value`` overrides, as a checked config. Errors are ``UsageError``."""
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml") or os.path.isfile(source):
-        text = _read(path)
-    else:
-        text = recipe_text(source)
-    tree = _parse(text, source)
+    tree = read_tree(source)
+    if "students" in tree and "objective" not in tree:
+        raise UsageError(
+            f"{source} is a comparison of several runs: use `{shlex.join(['fewstep', 'compare', source])}`"
+        )
     # What makes a block another one comes first, in whatever order it is written: other overrides may change it.
     for override in sorted(overrides, key=_rank):
-        _apply(tree, override)
+        apply_override(tree, override)
     return check_config(tree, source)
+
+
+def read_tree(source: str) -> dict[str, Any]:
+    """A recipe name or a YAML file as plain values, not checked yet."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(source):
+        return _parse(_read(path), source)
+    return _parse(recipe_text(source), source)
+
+
+def command_of(config: RunConfig) -> str:
+    """The command that a config is for: ``teach`` or ``distill``."""
+    return "teach" if config.objective.kind == "flow_matching" else "distill"
 
 
 def read_config(run: Path) -> RunConfig:
@@ -133,7 +157,7 @@ def check_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        _explain(error, tree, source)
+        explain(error, source)
 
 
 def config_yaml(config: RunConfig) -> str:
@@ -184,14 +208,14 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the tree in place. A block that the tree leaves out starts from its default."""
+def apply_override(tree: dict[str, Any], override: str, root: type[BaseModel] = RunConfig) -> None:
+    """Set one dotted key of the tree in place. A block that the tree leaves out starts from its default in ``root``."""
     dotted, equals, value = override.partition("=")
     if not equals or not dotted:
         raise UsageError(f"'{override}' is not an override; write key=value, for example train.steps=100")
     *parents, last = dotted.split(".")
     node = tree
-    block: type[BaseModel] | None = RunConfig
+    block: type[BaseModel] | None = root
     for name in parents:
         if node.get(name) is None:
             default = block.model_fields[name].default if block and name in block.model_fields else None
@@ -203,13 +227,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         block = _TAGGED.get((name, str(node.get("kind")))) or (block and _block_of(block, name))
     if override.startswith(_SIZE):
         node.clear()  # the network it names replaces the one of the file
-    try:
-        node[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"override {dotted}: '{value}' is not a YAML value") from error
+    node[last] = parse_value(dotted, value)
     if last == "kind" and parents and (chosen_block := _TAGGED.get((parents[-1], str(node[last])))) is not None:
         for name in set(node) - set(chosen_block.model_fields):
             del node[name]  # the file's, for a kind that has it
+
+
+def parse_value(dotted: str, value: str) -> Any:
+    """The value of an override, as YAML has it."""
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"override {dotted}: '{value}' is not a YAML value") from error
 
 
 def _rank(override: str) -> int:
@@ -217,11 +246,12 @@ def _rank(override: str) -> int:
     return 0 if override.startswith(_SIZE) else 1 if override.partition("=")[0].endswith(".kind") else 2
 
 
-def _explain(error: ValidationError, tree: Mapping[str, Any], source: str) -> NoReturn:
+def explain(error: ValidationError, source: str, root: type[BaseModel] = RunConfig) -> NoReturn:
+    """The first fault of a tree as one sentence with its dotted path in the block ``root``."""
     # An unknown key often causes further faults: it is reported first.
     faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
-    place, block = _locate(fault["loc"])
+    place, block = _locate(fault["loc"], root)
     if fault["type"] == "extra_forbidden":
         message = f"unknown key; {nearest(str(fault['loc'][-1]), block.model_fields)}"
     elif fault["type"] == "missing":
@@ -239,9 +269,9 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], source: str) -> No
     raise UsageError(f"{source}: {place + ': ' if place else ''}{message}") from error
 
 
-def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+def _locate(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, type[BaseModel]]:
     """A fault's dotted path as the user wrote it (union tags removed), and the block it lies in."""
-    block: type[BaseModel] = RunConfig
+    block = root
     path: list[str] = []
     for part in location:
         found = _block_of(block, str(part))
@@ -289,5 +319,6 @@ def _tags(block: type[BaseModel]) -> dict[tuple[str, str], type[BaseModel]]:
 
 _TAGGED = _tags(RunConfig)
 _SIZE = "student.network.size="
+_COMPARES = re.compile(r"^students:", re.MULTILINE)
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

@@ -1,8 +1,7 @@
 """The commands as functions: what ``cli`` calls, and what a script may call instead."""
 
 import datetime
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.checkpoint import DATA_MEAN, RunDirectory, checkpoints, read_model, write_model
-from fewstep.config import RunConfig, config_changes, config_yaml, load_config, read_config, recipe_names
+from fewstep.checkpoint import DATA_MEAN, RunDirectory, read_model, write_model
+from fewstep.config import RunConfig, config_yaml, load_config, read_config, recipe_names
 from fewstep.data.config import DataConfig
 from fewstep.data.dataset import Dataset
 from fewstep.data.detect import data_config, detect
@@ -21,12 +20,11 @@ from fewstep.data.load import load_data
 from fewstep.data.paths import expanded
 from fewstep.data.prepare import prepare
 from fewstep.distill.averages import rebuilt, tracked
-from fewstep.distill.run import run_training
 from fewstep.encode import prepare_latents
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
 from fewstep.evaluation.config import EvaluateConfig
-from fewstep.evaluation.features import build_extractor
+from fewstep.evaluation.features import FeatureExtractor, build_extractor
 from fewstep.evaluation.reference import check_takes, feature_moments, write_statistics
 from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
@@ -38,10 +36,6 @@ from fewstep.students.maps import GuidanceInput
 from fewstep.students.model_card import model_readme
 from fewstep.teachers.config import TeacherConfig
 from fewstep.teachers.load import Teacher, load_teacher
-
-DEMO_TEACHER = "digits-teacher"
-DEMO_STUDENTS = ("digits-progressive", "digits-meanflow", "digits-consistency")
-DEMO_TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def default_device() -> torch.device:
@@ -140,13 +134,15 @@ def evaluate_runs(
     seed: int = 0,
     weights: Path | None = None,
     guidance: GuidanceInput | None = None,
+    served_only: bool = False,
     report: Seen = unseen,
 ) -> Report:
     """Sweep finished runs that share a data set, with the teacher of the first student among them as anchor.
 
     ``settings`` defaults to the ``evaluate`` block of the first run; ``steps`` overrides the step counts of all
     students. ``guidance`` is that of every model, which has to take it; a teacher with classes beside a student that
-    takes it is guided as the student is.
+    takes it is guided as the student is. With ``served_only`` every student is measured at those of ``settings.steps``
+    that it serves, of which there has to be one, instead of at the steps of its own config.
     """
     device = default_device()
     configs = [read_config(run) for run in runs]
@@ -159,11 +155,7 @@ def evaluate_runs(
             raise UsageError(f"{run} was trained on other data than {runs[0]}: their rows would not compare")
     data = load_data(data_config)
     settings = settings or configs[0].evaluate
-    extractors = [build_extractor(name, device, weights) for name in settings.features]
-    for extractor in extractors:
-        check_takes(extractor, data)
-    if settings.n <= K_PRECISION_RECALL:
-        raise UsageError(f"{settings.n} samples are too few: precision and recall need {K_PRECISION_RECALL + 1}")
+    extractors = ready_extractors(settings, data, device, weights)
 
     candidates, facts = [], []
     for config, model in zip(configs, models, strict=True):
@@ -171,6 +163,8 @@ def evaluate_runs(
         if model.role == "teacher":
             model = _with_solver(model, settings.solver)
             own = steps or settings.teacher_steps or config.evaluate.steps
+        elif served_only:
+            own = served_steps(model, settings.steps)
         _check_steps(model, own)
         candidates.append(_candidate(model, own))
         facts.append(_facts(model))
@@ -193,6 +187,18 @@ def evaluate_runs(
     return Report(tuple(rows), tuple(facts), reference, environment)
 
 
+def ready_extractors(
+    settings: EvaluateConfig, data: Dataset, device: torch.device, weights: Path | None = None
+) -> list[FeatureExtractor]:
+    """The extractors of an evaluation; a ``FewstepError`` where one is missing or does not fit, or samples are few."""
+    extractors = [build_extractor(name, device, weights) for name in settings.features]
+    for extractor in extractors:
+        check_takes(extractor, data)
+    if settings.n <= K_PRECISION_RECALL:
+        raise UsageError(f"{settings.n} samples are too few: precision and recall need {K_PRECISION_RECALL + 1}")
+    return extractors
+
+
 def write_results(path: Path, report: Report) -> None:
     write_json(path, report.to_json())
 
@@ -203,6 +209,20 @@ def _check_steps(model: LoadedModel, steps: Sequence[int]) -> None:
             model.sampler.check(count)
         except ValueError as error:
             raise UsageError(f"{model.name}: {error}") from error
+
+
+def served_steps(model: LoadedModel, steps: Sequence[int]) -> tuple[int, ...]:
+    """Those of the step counts that a model was made for; none at all is a ``UsageError``."""
+    served, why = [], ""
+    for count in steps:
+        try:
+            model.sampler.check(count)
+            served.append(count)
+        except ValueError as error:
+            why = str(error)
+    if not served:
+        raise UsageError(f"{model.name} serves none of the steps {', '.join(map(str, steps))}: {why}")
+    return tuple(served)
 
 
 def _candidate(model: LoadedModel, steps: tuple[int, ...]) -> Candidate:
@@ -339,38 +359,3 @@ def data_statistics(
     facts = {"features": extractor.name, "extractor_digest": extractor.digest}
     write_statistics(out, measured, {**facts, "dataset": found.name, "dataset_digest": found.digest})
     return found
-
-
-# The demo ------------------------------------------------------------------------------------------------------------
-
-
-def demo_configs(out: Path, seed: int, overrides: Sequence[str] = ()) -> list[tuple[RunConfig, RunDirectory]]:
-    """The four recipes of the demo with their run directories below ``out``, the teacher first."""
-    runs = []
-    for name in (DEMO_TEACHER, *DEMO_STUDENTS):
-        own = [f"seed={seed}", *overrides]
-        if name != DEMO_TEACHER:
-            own.append(f"teacher.path={json.dumps(str(out / DEMO_TEACHER))}")
-        runs.append((load_config(name, own), RunDirectory(out / name)))
-    return runs
-
-
-def demo_train(
-    config: RunConfig, run: RunDirectory, *, resume: bool, overwrite: bool, stopped: Callable[[], bool]
-) -> Any:
-    """Progress of one run of the demo; with ``resume`` a finished run is left alone and an unfinished one goes on."""
-    if resume and (run.model / "config.json").is_file():
-        changes = config_changes(read_config(run.path), config)
-        if changes:
-            raise UsageError(f"{run.path} was trained with another config: {'; '.join(changes[:3])}")
-        return iter(())
-    again = resume and bool(checkpoints(run.checkpoints))
-    return run_training(config, run, resume=again, overwrite=overwrite or (resume and not again), stopped=stopped)
-
-
-def demo_evaluate(out: Path, *, n: int, seed: int, report: Seen) -> Report:
-    """Teacher at 1 to 64 steps and the three students, on shared seeds."""
-    settings = load_config(DEMO_STUDENTS[0]).evaluate
-    settings = EvaluateConfig.model_validate({**settings.model_dump(), "n": n, "teacher_steps": DEMO_TEACHER_STEPS})
-    runs = [out / name for name in (DEMO_TEACHER, *DEMO_STUDENTS)]
-    return evaluate_runs(runs, settings=settings, seed=seed, report=report)

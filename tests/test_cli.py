@@ -21,7 +21,7 @@ import torch
 from conftest import SMALL, cli, contents, process_environment, refuse, succeed
 from safetensors.torch import load_file
 
-from fewstep.config import recipe_names
+from fewstep.config import comparison_names, recipe_names
 from fewstep.evaluation.quantise import to_uint8
 from fewstep.evaluation.results import SCHEMA, Measured, Row
 from fewstep.flow import uniform_grid
@@ -101,6 +101,7 @@ def test_every_command_of_the_design_that_exists_explains_itself() -> None:
     listed = succeed("--help").stdout
     for command in (
         "demo",
+        "compare",
         "recipes",
         "teach",
         "distill",
@@ -438,7 +439,7 @@ def test_the_entry_points_are_one(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, *start, "recipes", "list"], capture_output=True, text=True, check=True, cwd=tmp_path
         )
-        assert [line.split()[0] for line in done.stdout.splitlines()] == recipe_names()
+        assert [line.split()[0] for line in done.stdout.splitlines()] == sorted([*recipe_names(), *comparison_names()])
 
 
 def test_a_teacher_under_another_solver(trained: Path, tmp_path: Path) -> None:

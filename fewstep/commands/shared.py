@@ -1,14 +1,14 @@
-"""What the commands share: the types of their options, and how a user's mistake is told."""
+"""What the commands share: the types of their options, progress, and how a user's mistake is told."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fewstep.console import say
+from fewstep.console import Meter, meter, say
 from fewstep.errors import FewstepError, is_out_of_memory
 from fewstep.files import FULL, DiskError
 from fewstep.launch import is_main_process
@@ -49,6 +49,24 @@ WindowOption = Annotated[
     str | None, typer.Option("--window", help="Times in which --guidance acts, for example 0.1,0.8 (default: all).")
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+
+
+def show_training(title: str, start: Callable[[Callable[[], bool]], Iterator[Any]]) -> None:
+    """Run a training to its end behind a progress meter, stopping cleanly when asked to."""
+    from fewstep.interrupts import stop_requested
+
+    with stop_requested() as stopped, meter(title, show=is_main_process()) as shown:
+        for progress in start(stopped):
+            metrics = progress.metrics
+            detail = progress.stage
+            if metrics:
+                detail += f"  loss {metrics['loss']:.4g}  residual {metrics['residual']:.4g}"
+            shown.update(progress.step, progress.total, detail)
+
+
+def show_row(shown: Meter) -> Callable[[Any, int, int], None]:
+    """What tells a meter of a sweep's rows."""
+    return lambda row, done, total: shown.update(done, total, f"{row.model} at {row.steps} steps")
 
 
 @contextmanager

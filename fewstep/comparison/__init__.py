@@ -1,0 +1,1 @@
+"""Comparisons: a teacher and several students at equal budget, over several training seeds."""
