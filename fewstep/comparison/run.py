@@ -48,8 +48,6 @@ def seed_runs(comparison: Comparison, folder: Path, seed: int, overrides: Sequen
     for source in comparison.students:
         own = {**comparison.set, **comparison.set_for.get(source, {})}
         student = _config(source, own, further, trains="distill")
-        if student.data != teacher.data:
-            raise UsageError(f"{source} has other data than {comparison.teacher}: their rows would not compare")
         if student.teacher is not None:
             if not isinstance(student.teacher, RunTeacher):
                 raise UsageError(
@@ -57,6 +55,8 @@ def seed_runs(comparison: Comparison, folder: Path, seed: int, overrides: Sequen
                     f"from {comparison.teacher}: its teacher has to be of kind run"
                 )
             student = student.model_copy(update={"teacher": student.teacher.model_copy(update={"path": str(path)})})
+        if student.data != teacher.data:
+            raise UsageError(f"{source} has other data than {comparison.teacher}: their rows would not compare")
         if student.name in {run.config.name for run in runs}:
             raise UsageError(f"two runs of this comparison are called {student.name}: give {source} another name")
         runs.append(Run(student, RunDirectory(folder / student.name)))

@@ -23,6 +23,9 @@ from fewstep.files import write_atomic, write_json
 
 __all__ = ["write_report"]
 
+MOST_OPEN_ROWS = 30
+"""A longer table is folded on the page, below the overview that says the same in fewer lines."""
+
 DEFINITIONS = (
     ("steps", "solver steps from noise to sample"),
     ("NFE", "network evaluations per sample, guidance's second call included"),
@@ -81,6 +84,10 @@ def _content(report: Report, drawn: list[Drawn], sampled: list[Grid]) -> dict[st
         "dataset": str(report.reference.get("dataset") or "unnamed data"),
         "headline": lambda code: answer.headline(report, code),
         "glance": tables.glance_table(report),
+        "overview": tables.overview_table(report),
+        "overview_caption": tables.overview_caption(report),
+        "folded": len(report.rows) > MOST_OPEN_ROWS,
+        "trainings": wording.trainings(report),
         "tables": [
             (extractor, table, tables.caption(report, extractor, table))
             for extractor in known
@@ -104,9 +111,9 @@ def _provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """Under headings, names and texts of all that fixes the numbers."""
     reference = report.reference
     counts = ", ".join(f"{n:,}" for n in sorted({row.n for row in report.rows}))
-    seeds = ", ".join(map(str, sorted({row.seed for row in report.rows})))
+    seeds = ", ".join(map(str, reference.get("training_seeds") or sorted({row.seed for row in report.rows})))
     floors = {metric: floor_of(report, metric) for metric in reference.get("floor") or {}}
-    named = ("dataset", "n", "floor", "extractors", "protocol")
+    named = ("dataset", "n", "floor", "extractors", "protocol", "training_seeds")
     against = [("dataset", str(reference.get("dataset") or wording.DASH))]
     against += [("n of the reference", tables.flat(reference.get("n"))[0][1])] if "n" in reference else []
     against += [("samples per row", counts), ("seed", seeds)]

@@ -15,6 +15,7 @@ from fewstep.evaluation.report.wording import (
     split,
     times_as_long,
     value,
+    with_spread,
 )
 from fewstep.evaluation.results import Report, Row
 
@@ -113,7 +114,8 @@ def headline(report: Report, code: Callable[[str], str] = lambda name: f"`{name}
             return f"No row has a value of {code(metric)}."
         found = number(value(reference, metric))
         return f"No student was measured; at {plural(reference.steps)} the teacher has {code(metric)} {found}."
-    at, name, found = plural(best.steps), code(label_of(report, best)), number(value(best, metric))
+    at, name, found = plural(best.steps), code(label_of(report, best)), with_spread(measured(best, metric))
+    found += f" over {best.seeds} trainings" if best.seeds > 1 else ""
     opening = f"At {at}, {name} has {code(metric)} {found}"
     if reference is None:
         return f"{opening}; no teacher was measured beside it, so what was lost is not known."

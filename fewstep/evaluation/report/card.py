@@ -34,6 +34,8 @@ def front_matter(report: Report, rows: Sequence[Row]) -> str:
             }
             if found.low is not None and found.high is not None:
                 entry["args"] |= {"low": found.low, "high": found.high}
+            if found.sd is not None:
+                entry["args"] |= {"sd": found.sd, "trainings": row.seeds}
             metrics.append(entry)
     task = {"type": "other", "name": "few-step generation"}
     result = {"task": task, "dataset": {"type": dataset, "name": dataset}, "metrics": metrics}

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.evaluation.report import answer, wording
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind-safe hues that read on white and on near-black; teachers are drawn in ink.
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# A brown that differs from them in lightness is the seventh; after it they come again, hollow and dashed.
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B4B2A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":")
+SIDESTEP_OCTAVES = 0.02  # between neighbours with bars, which would cover each other
+LABEL_SPACING = 0.052  # of the height of the axes, between names beside the ends of curves
+MOST_IN_LEGEND = 6
+"""With more students than this a figure is wide, and names its curves beside their ends."""
 # A page puts its own light or dark colour in the place of each of these and of the hues.
 INK, MUTED, GRID, PAPER = "#1b1b1f", "#6a6d75", "#dcdde1", "#fefefe"
-WIDTH_INCHES = 5.0
+WIDTH_INCHES, WIDE_INCHES = 5.0, 7.8
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -61,6 +67,7 @@ class Drawn:
     caption: str
     svg: str
     png: bytes
+    wide: bool = False
 
     def inline(self) -> str:
         """The SVG for a page: no prolog, unique ids, the page's own ink and paper, as wide as its place."""
@@ -113,7 +120,11 @@ def look_of(curves: Sequence[Series]) -> dict[str, dict[str, Any]]:
             teachers += 1
         else:
             marker = MARKERS[(students + 1) % len(MARKERS)]
-            looks[curve.label] = {"color": HUES[students % len(HUES)], "marker": marker, "linestyle": "-"}
+            again = students // len(HUES)
+            looks[curve.label] = {"color": HUES[students % len(HUES)], "marker": marker}
+            looks[curve.label]["linestyle"] = DASHES[again % len(DASHES)]
+            if again:
+                looks[curve.label]["markerfacecolor"] = PAPER
             students += 1
     return looks
 
@@ -124,41 +135,57 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     found = [m.value for line in lines.values() for _, m in line]
     if not found:
         return None
-    floor = floor_of(report, metric)
-    logarithmic = wording.direction(metric) == "lower" and any(value > 0 for value in found)
-    ends = [end for line in lines.values() for _, m in line for end in (m.low, m.high) if end is not None]
-    shown = [*found, *(end for end in ends if end > 0), *([floor] if floor else [])]
-    height, bottom = _heights(shown) if logarithmic else (float, None)
-    figure, axes = _canvas()
-    handles = []
-    for curve in curves:
-        if lines[curve.label]:
-            handles.append(_curve(axes, lines[curve.label], look_of(curves)[curve.label], curve.label, height))
+    # Of many curves the students take the axes for themselves: a teacher at few steps is far from all of them.
+    wide = is_wide(curves)
+    framed = [m for c in curves if c.role == "student" or not wide for _, m in lines[c.label]]
+    values = [m.value for m in framed] or found
     reference = answer.reference_row(report)
     target = wording.value(reference, metric) if reference else None
+    floor = floor_of(report, metric)
+    logarithmic = wording.direction(metric) == "lower" and any(value > 0 for value in found)
+    ends = [end for m in framed for end in wording.ends(m) or ()]
+    levels = [level for level in (floor, target) if level]
+    shown = [*values, *(end for end in ends if end > 0), *levels]
+    height, bottom = _heights(shown) if logarithmic else (float, None)
+    figure, axes = _canvas(wide)
+    drawn = {}
+    spread_out = any(m.sd is not None for line in lines.values() for _, m in line)
+    for i, curve in enumerate(curves):
+        if lines[curve.label]:
+            aside = 2 ** (SIDESTEP_OCTAVES * (i - (len(curves) - 1) / 2)) if spread_out else 1.0
+            look = look_of(curves)[curve.label]
+            drawn[curve.label] = _curve(axes, lines[curve.label], look, curve.label, height, aside)
+    levels_drawn = []
     if reference is not None and target is not None and (target > 0 or not logarithmic):
         label = f"teacher at {wording.plural(reference.steps)}"
-        handles.append(axes.axhline(target, color=INK, linestyle=":", linewidth=1.1, zorder=1.6, label=label))
+        levels_drawn.append(axes.axhline(target, color=INK, linestyle=":", linewidth=1.1, zorder=1.6, label=label))
     if floor is not None and (floor > 0 or not logarithmic):
-        handles.append(axes.axhline(floor, color=MUTED, dashes=(4, 3), linewidth=1.2, label="real against real"))
+        floor_line = axes.axhline(floor, color=MUTED, dashes=(4, 3), linewidth=1.2, label="real against real")
+        levels_drawn.append(floor_line)
     axes.set_xlabel("solver steps")
     axes.set_ylabel(wording.describe(metric, known))
-    _step_axis(axes, [steps for line in lines.values() for steps, _ in line])
+    _step_axis(axes, [row.steps for c in curves if c.role == "student" or not wide for row in c.rows])
     caption = (
         f"{wording.first_upper(wording.describe(metric, known))} ({metric}) against solver steps, {_samples(report)}."
     )
     if logarithmic:
-        _log_axis(axes, "y", [height(value) for value in shown if value > 0 or value in found])
+        _log_axis(axes, "y", [height(value) for value in shown if value > 0 or value in values])
     else:
-        axes.set_ylim(*_unit_limits(found))
+        axes.set_ylim(*(_close_limits([*values, *ends, *levels]) if wide else _unit_limits([*values, *ends])))
+    named = _name_at_ends(axes, drawn) if wide else []
+    handles = [*(line for label, line in drawn.items() if label not in named), *levels_drawn]
     if bottom is not None and min(found) <= 0:
         caption += " A value of 0 has no place on the logarithmic axis: it is drawn hollow at the bottom."
     if floor is not None:
         caption += f" Dashed: real data against other real data, {wording.number(floor)}."
+    if wide:
+        caption += " The axes hold the students; what they leave out of the teacher is in the table."
     if any(m.low is not None and m.high is not None for line in lines.values() for _, m in line):
         caption += " Bars: 95% intervals."
+    if spread_out:
+        caption += f" Points and bars: {wording.trainings(report)}, set apart sideways to be seen."
     title = f"{wording.first_upper(wording.describe(metric, known))} against steps"
-    return _finish(figure, handles, f"{metric}-steps", title, caption)
+    return _finish(figure, handles, f"{metric}-steps", title, caption, wide)
 
 
 def _against_latency(report: Report, metric: str) -> Drawn | None:
@@ -174,7 +201,8 @@ def _against_latency(report: Report, metric: str) -> Drawn | None:
     if not points:
         return None
     height, bottom = _heights([value for *_, value in points])
-    figure, axes = _canvas()
+    wide = is_wide(curves)
+    figure, axes = _canvas(wide)
     front = [points[i] for i in pareto_front([(ms, value) for *_, ms, value in points])]
     xs, ys = [ms for _, _, ms, _ in front], [height(value) for *_, value in front]
     # Wide and pale, beneath everything: a band that joins the points nothing beats.
@@ -193,7 +221,8 @@ def _against_latency(report: Report, metric: str) -> Drawn | None:
         handles += axes.plot(xs, ys, label=wording.shortened(curve.label), **look)
         for (_, steps, *_), x, y in zip(mine, xs, ys, strict=True):
             # Two models often meet at one step count, and one number then serves both.
-            if not any(steps == s and _near(x, a) and _near(y, b) for s, a, b in numbered):
+            unbeaten = any((label, steps) == (curve.label, at) for label, at, *_ in front)
+            if (unbeaten or not wide) and not any(steps == s and _near(x, a) and _near(y, b) for s, a, b in numbered):
                 axes.annotate(str(steps), (x, y), xytext=(6.5, 5), textcoords="offset points", fontsize=8)
                 numbered.append((steps, x, y))
     axes.set_xlabel("time of one sample, ms")
@@ -204,11 +233,14 @@ def _against_latency(report: Report, metric: str) -> Drawn | None:
     words = wording.first_upper(wording.describe(metric, known))
     caption = (
         f"{words} ({metric}) against the median time of one sample at batch size 1, {_samples(report)}. Numbers are "
-        "solver steps. The band joins the points that no other beats in both, judged by the values alone."
+        f"solver steps{', of points on the band' if wide else ''}. The band joins the points that no other beats in "
+        "both, judged by the values alone."
     )
+    if wording.trainings(report):
+        caption += " Distances are means, and times medians, over the trainings."
     if bottom is not None and any(value <= 0 for *_, value in points):
         caption += " A value of 0 has no place on the logarithmic axis: it is drawn at the bottom."
-    return _finish(figure, [*handles, *band], f"{metric}-latency", f"{words} against time", caption)
+    return _finish(figure, [*handles, *band], f"{metric}-latency", f"{words} against time", caption, wide)
 
 
 def floor_of(report: Report, metric: str) -> float | None:
@@ -221,25 +253,82 @@ def floor_of(report: Report, metric: str) -> float | None:
 # --- pieces ------------------------------------------------------------------------------------------------------
 
 
-def _canvas() -> "tuple[Figure, Axes]":
+def is_wide(curves: Sequence[Series]) -> bool:
+    return sum(curve.role == "student" for curve in curves) > MOST_IN_LEGEND
+
+
+def _canvas(wide: bool) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH_INCHES, 3.1), layout="constrained")
+    figure = Figure(figsize=(WIDE_INCHES, 4.6) if wide else (WIDTH_INCHES, 3.1), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _curve(
-    axes: "Axes", line: list[tuple[int, Measured]], look: dict[str, Any], label: str, height: Callable[[float], float]
+    axes: "Axes",
+    line: list[tuple[int, Measured]],
+    look: dict[str, Any],
+    label: str,
+    height: Callable[[float], float],
+    aside: float,
 ) -> Any:
-    """One model's line, with bars where there are intervals and hollow markers for values the axis has no place for."""
-    xs, ys = [steps for steps, _ in line], [height(m.value) for _, m in line]
+    """One model's line, ``aside`` times its steps to the right, with bars where there are intervals or spreads, and
+    hollow markers for values the axis has no place for."""
+    xs, ys = [steps * aside for steps, _ in line], [height(m.value) for _, m in line]
     handle = axes.plot(xs, ys, label=wording.shortened(label), **look)[0]
-    for (x, m), y in zip(line, ys, strict=True):
+    for x, (_, m), y in zip(xs, line, ys, strict=True):
+        bar = wording.ends(m)
         if y != m.value:
             axes.plot([x], [y], color=look["color"], marker=look["marker"], markerfacecolor=PAPER, zorder=3)
-        elif m.low is not None and m.high is not None:
-            axes.plot([x, x], [height(m.low), height(m.high)], color=look["color"], linewidth=1.1)
+        elif bar is not None:
+            axes.plot([x, x], [height(bar[0]), height(bar[1])], color=look["color"], linewidth=1.1)
     return handle
+
+
+def _name_at_ends(axes: "Axes", drawn: dict[str, Any]) -> list[str]:
+    """Name the curves that reach the right end beside it, as near to their ends as the names leave each other room.
+
+    Returns the labels that were named: the others are for a legend.
+    """
+    end = axes.get_xlim()[1]
+    within = {
+        label: [(x, y) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if x < end]
+        for label, line in drawn.items()
+    }
+    last = {label: points[-1] for label, points in within.items() if points and points[-1][0] > end / 1.8}
+    share = axes.transScale + axes.transLimits
+    at = {label: float(share.transform(point)[1]) for label, point in last.items()}
+    named = sorted((label for label in at if 0 <= at[label] <= 1), key=lambda label: at[label])
+    for label, y in zip(named, spaced([at[label] for label in named], LABEL_SPACING), strict=True):
+        line = drawn[label]
+        axes.annotate(
+            "",
+            xy=last[label],
+            xytext=(1.03, y),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
+            annotation_clip=False,
+        )
+        axes.plot(
+            [1.045], [y], transform=axes.transAxes, clip_on=False, color=line.get_color(), marker=line.get_marker(),
+            markerfacecolor=line.get_markerfacecolor(), linestyle="none",
+        )  # fmt: skip
+        axes.text(1.065, y, line.get_label(), transform=axes.transAxes, va="center", fontsize=8.5)
+    return named
+
+
+def spaced(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions at least ``gap`` apart and nearest (least squares) to ascending ``wanted`` ones, kept in 0 to 1 where
+    there is room."""
+    # Less gaps, they have to ascend: neighbours that do not are pooled at their mean.
+    pools: list[list[float]] = []
+    for i, position in enumerate(wanted):
+        pools.append([position - i * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    room = max(0.0, 1 - (len(wanted) - 1) * gap)
+    level = [min(max(fmean(pool), 0.0), room) for pool in pools for _ in pool]
+    return [position + i * gap for i, position in enumerate(level)]
 
 
 def _heights(values: Sequence[float]) -> tuple[Callable[[float], float], float | None]:
@@ -259,6 +348,13 @@ def _unit_limits(values: Sequence[float]) -> tuple[float, float]:
     """From 0 to 1 for shares, further for what exceeds it."""
     low, high = min(0.0, *values), max(1.0, *values)
     return low - 0.02 * (high - low), high + 0.04 * (high - low)
+
+
+def _close_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Around the values and no further."""
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def _step_axis(axes: "Axes", steps: Sequence[int]) -> None:
@@ -290,19 +386,23 @@ def _log_axis(axes: "Axes", name: Literal["x", "y"], values: Sequence[float]) ->
     axis.set_major_formatter(lambda x, _: f"{x:g}")
 
 
-def _finish(figure: "Figure", handles: Sequence[Any], name: str, title: str, caption: str) -> Drawn:
-    """Put the legend above the axes, where it covers no data, and render."""
+def _finish(figure: "Figure", handles: Sequence[Any], name: str, title: str, caption: str, wide: bool) -> Drawn:
+    """Put the legend above the axes, or of a wide figure with many curves beside them, where it covers no data."""
     labels = [str(handle.get_label()) for handle in handles]
-    per_line = max(1, min(len(labels), int(WIDTH_INCHES / (0.5 + 0.078 * max(map(len, labels))))))
-    figure.set_figheight(2.85 + 0.21 * math.ceil(len(labels) / per_line))
-    # Labels go in by name: a legend made of handles alone leaves out those that start with an underscore.
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=per_line, handlelength=1.9, columnspacing=1.4, borderpad=0
-    )
+    if wide and len(labels) > MOST_IN_LEGEND:
+        figure.legend(handles, labels, loc="outside right upper", handlelength=1.9, borderpad=0, labelspacing=0.35)
+    elif labels:
+        width = WIDE_INCHES if wide else WIDTH_INCHES
+        per_line = max(1, min(len(labels), int(width / (0.5 + 0.078 * max(map(len, labels))))))
+        figure.set_figheight((4.4 if wide else 2.85) + 0.21 * math.ceil(len(labels) / per_line))
+        # Labels go in by name: a legend made of handles alone leaves out those that start with an underscore.
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=per_line, handlelength=1.9, columnspacing=1.4, borderpad=0
+        )
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return Drawn(slug(name), title, caption, svg.getvalue(), png.getvalue())
+    return Drawn(slug(name), title, caption, svg.getvalue(), png.getvalue(), wide)
 
 
 def slug(name: str) -> str:

@@ -4,7 +4,8 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fewstep.evaluation.report.answer import (
@@ -32,16 +33,19 @@ from fewstep.evaluation.report.wording import (
     primary,
     shortened,
     split,
+    spread,
+    trainings,
     value,
+    with_spread,
 )
-from fewstep.evaluation.results import Report, Row
+from fewstep.evaluation.results import Measured, Report, Row
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 CSV_COLUMNS = (
     *("model", "role", "objective", "steps", "nfe", "sampler", "guidance", "n", "seed"),
-    *("metric", "value", "low", "high", "latency_ms", "images_per_s", "params"),
+    *("metric", "value", "low", "high", "latency_ms", "images_per_s", "params", "sd", "seeds"),
 )
 
 
@@ -57,12 +61,18 @@ class Column:
     head: str
     cells: tuple[Cell, ...]
     words: bool = False  # set left; numbers are set right
+    group: str = ""  # neighbours of one group share a head above their own
 
 
 @dataclass(frozen=True)
 class Table:
     columns: tuple[Column, ...]
     roles: tuple[str, ...]  # one per line, for the rule between teachers and students
+
+    def groups(self) -> list[tuple[str, int]]:
+        """The heads that columns share, each with its number of columns; empty where no column has one."""
+        shared = [(group, len(list(run))) for group, run in groupby(self.columns, key=lambda column: column.group)]
+        return shared if any(group for group, _ in shared) else []
 
     def lines(self) -> list[tuple[str, list[tuple[Column, Cell]]]]:
         return [(role, [(c, c.cells[i]) for c in self.columns]) for i, role in enumerate(self.roles)]
@@ -86,11 +96,20 @@ def _metric_column(rows: Sequence[Row], metric: str, head: str) -> Column:
         known = [rival for rival in rivals if rival is not None]
         best = len(known) > 1 and found is not None and better is not None
         best = best and found is not None and found.value == (min if better == "lower" else max)(known)
-        interval = ""
-        if found is not None and found.low is not None and found.high is not None:
-            interval = f"[{number(found.low)}, {number(found.high)}]"
-        cells.append(Cell(number(found.value if found else None), interval, best))
-    return Column(head + {"lower": " ↓", "higher": " ↑", None: ""}[better], tuple(cells))
+        cells.append(Cell(number(found.value if found else None), _interval(found), best))
+    return Column(head + _ARROWS[better], tuple(cells))
+
+
+def _interval(found: Measured | None) -> str:
+    """What stands small beside a number: its interval, or its spread over trainings."""
+    if found is None:
+        return ""
+    if found.low is not None and found.high is not None:
+        return f"[{number(found.low)}, {number(found.high)}]"
+    return spread(found.value, found.sd)
+
+
+_ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 
 
 def head_of(metric: str, rows: Sequence[Row], known: Sequence[str], short: bool) -> str:
@@ -142,6 +161,50 @@ def metrics_table(report: Report, metrics: Sequence[str]) -> Table:
     return Table(_kept(columns), tuple(row.role for row in rows))
 
 
+def overview_table(report: Report) -> Table | None:
+    """One line per model: each extractor's distance and the primary recall at every step count that students have.
+
+    What was not measured is a dash. None where there are fewer than two students to compare.
+    """
+    metric, curves = primary(report), series(report)
+    steps = sorted({row.steps for row in report.rows if row.role == "student"})
+    if metric is None or sum(curve.role == "student" for curve in curves) < 2:
+        return None
+    curves = [curve for curve in curves if any(row.steps in steps for row in curve.rows)]
+    metrics = _distances(report)
+    metrics += [name for name in (_recall_of(report, metric),) if name in metric_names(report)]
+    columns = [_column("model", [curve.label for curve in curves], words=True)]
+    for name in metrics:
+        better = direction(name)
+        for number_of_steps in steps:
+            rows = [next((row for row in curve.rows if row.steps == number_of_steps), None) for curve in curves]
+            cells = [_overview_cell(row, [r for r in rows if r is not None], name) for row in rows]
+            columns.append(Column(str(number_of_steps), tuple(cells), group=name + _ARROWS[better]))
+    return Table(_kept(columns), tuple(curve.role for curve in curves))
+
+
+def _overview_cell(row: Row | None, rows: Sequence[Row], metric: str) -> Cell:
+    return Cell(DASH) if row is None else _metric_column(rows, metric, "").cells[rows.index(row)]
+
+
+def overview_caption(report: Report) -> str:
+    """What the overview's numbers are, and the teacher at its most steps, which has no column there."""
+    parts = ["Columns are solver steps; a dash is a step count that a model does not serve or was not measured at"]
+    if said := trainings(report):
+        parts.insert(0, f"{first_upper(said)} (n - 1), each with a teacher of its own")
+    reference, metric = reference_row(report), primary(report)
+    if reference is not None and metric is not None:
+        names = [name for name in (*_distances(report), _recall_of(report, metric)) if measured(reference, name)]
+        figures = ", ".join(f"{name} {with_spread(measured(reference, name))}" for name in names)
+        parts.append(f"{label_of(report, reference)} at {plural(reference.steps)}: {figures}")
+    return ". ".join(parts) + ". Bold: the best of each column."
+
+
+def _distances(report: Report) -> list[str]:
+    """Each extractor's Fréchet distance."""
+    return [name for name in (of_extractor("fd", e) for e in extractors(report)) if name in metric_names(report)]
+
+
 def glance_table(report: Report) -> Table | None:
     """The best student at each of 1, 2 and 4 steps, beside the teacher at as many steps and at its most."""
     metric, reference = primary(report), reference_row(report)
@@ -163,10 +226,10 @@ def glance_table(report: Report) -> Table | None:
     columns = [
         _column("steps", [str(row.steps) for row in best]),
         _column("best student", [label_of(report, row) for row in best], words=True),
-        _column(head, [number(value(row, metric)) for row in best]),
+        _column(head, [with_spread(measured(row, metric)) for row in best]),
         _column(most, [number(ratio(row, reference, metric)) for row in best]),
         _column("teacher, same steps", [number(teacher_at(row.steps, row.n)) for row in best]),
-        _column("recall", [number(value(row, recall)) for row in best]),
+        _column("recall", [with_spread(measured(row, recall)) for row in best]),
         _column("speed-up", [number(speed_up(row, reference)) for row in best]),
     ]
     return Table(_kept(columns), tuple("student" for _ in best))
@@ -193,7 +256,7 @@ def caption(report: Report, extractor: str, table: Table) -> str:
     samples = f"n = {counts[0]:,} samples per row" if len(counts) == 1 else "n samples per row as in the column n"
     reference = reference_row(report)
     features = "Inception features" if extractor == "inception" else f"features: {extractor}"
-    parts = [features, samples]
+    parts = [features, samples, *([said] if (said := trainings(report)) else [])]
     if len(counts) > 1:
         parts.append("rows of different n are not compared")
     if reference is not None:
@@ -226,11 +289,16 @@ def as_markdown(table: Table) -> str:
         return f"**{text}**" if content.best else text
 
     lines = [
-        "| " + " | ".join(escape_markdown(column.head) for column in table.columns) + " |",
+        "| " + " | ".join(escape_markdown(_whole_head(column)) for column in table.columns) + " |",
         "|" + "|".join(":---" if column.words else "---:" for column in table.columns) + "|",
     ]
     lines += ["| " + " | ".join(cell(*pair) for pair in line) + " |" for _, line in table.lines()]
     return "\n".join(lines) + "\n"
+
+
+def _whole_head(column: Column) -> str:
+    """A column's head where the one it shares has no line of its own."""
+    return f"{column.group} at {column.head}" if column.group else column.head
 
 
 def markdown_table(report: Report, metrics: Sequence[str]) -> str:
@@ -245,10 +313,11 @@ def as_csv(report: Report) -> str:
     writer.writerow(CSV_COLUMNS)
     for row in report.rows:
         head = (row.model, row.role, row.objective, row.steps, row.nfe, row.sampler, row.guidance, row.n, row.seed)
-        tail = (row.latency_ms, row.images_per_s, row.params)
+        tail: tuple[Any, ...] = (row.latency_ms, row.images_per_s, row.params)
         for metric in row.metrics or ("",):
             found = measured(row, metric)
-            writer.writerow((*head, metric, *((found.value, found.low, found.high) if found else ("", "", "")), *tail))
+            values = (found.value, found.low, found.high) if found else ("", "", "")
+            writer.writerow((*head, metric, *values, *tail, found.sd if found else "", row.seeds))
     return out.getvalue()
 
 
@@ -259,7 +328,7 @@ def console_table(report: Report) -> "RichTable":
 
     known, reference, metric = extractors(report), reference_row(report), primary(report)
     recall = _recall_of(report, metric) if metric else ""
-    distances = [name for name in (of_extractor("fd", e) for e in known) if name in metric_names(report)]
+    distances = _distances(report)
     curves = series(report)
     rows = [row for curve in curves for row in curve.rows]
     columns = [
@@ -271,6 +340,8 @@ def console_table(report: Report) -> "RichTable":
         _column("ms", [number(row.latency_ms) for row in rows]),
         _column("images/s", [number(row.images_per_s) for row in rows]),
     ]
+    if trainings(report):  # spreads take the room of these two
+        columns = [_spelt_out(column) for column in columns if column.head not in ("NFE", "images/s")]
     table = RichTable(header_style="bold", pad_edge=False)
     table.add_column("model", no_wrap=True)
     columns = list(_kept(columns))
@@ -288,6 +359,12 @@ def console_table(report: Report) -> "RichTable":
             Text(shortened(name, max(room, 12)), style="dim" if row.role == "teacher" else ""), *cells, end_section=last
         )
     return table
+
+
+def _spelt_out(column: Column) -> Column:
+    """The column with what is small beside its numbers as part of their text."""
+    cells = [replace(cell, text=f"{cell.text} {cell.interval}".strip()) for cell in column.cells]
+    return replace(column, cells=tuple(cells))
 
 
 def flat(items: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -20,6 +20,34 @@ def number(value: float | None) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:#.3g}".rstrip(".")
 
 
+def spread(value: float, sd: float | None) -> str:
+    """``± sd`` to as many decimals as ``number`` gives the value, and at least one digit of its own; else nothing."""
+    if sd is None or not math.isfinite(sd) or not math.isfinite(value):
+        return ""
+    text = f"{sd:,.{len(number(value).partition('.')[2])}f}"
+    return f"± {text if float(text.replace(',', '')) or not sd else f'{sd:.1g}'}"
+
+
+def with_spread(found: Measured | None) -> str:
+    """A measured number with its standard deviation where it has one."""
+    return " ".join(filter(None, (number(found.value), spread(found.value, found.sd)))) if found else DASH
+
+
+def ends(found: Measured) -> tuple[float, float] | None:
+    """The ends of a measurement's bar: its interval, or one standard deviation to both sides."""
+    if found.low is not None and found.high is not None:
+        return found.low, found.high
+    return None if found.sd is None else (found.value - found.sd, found.value + found.sd)
+
+
+def trainings(report: Report) -> str:
+    """What the rows of several trainings are, in words; nothing where each is of one."""
+    counts = sorted({row.seeds for row in report.rows})
+    if not counts or counts[-1] == 1:
+        return ""
+    return f"mean and standard deviation over {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} trainings"
+
+
 def count(value: float) -> str:
     """A large count with its unit, as in ``675 M``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
