@@ -19,9 +19,9 @@ from rich.console import Console
 
 from fewstep.errors import UsageError
 from fewstep.evaluation.report import answer, tables, wording, write_report
-from fewstep.evaluation.report.figures import pareto_front
+from fewstep.evaluation.report.figures import HUES, figures, look_of, pareto_front, spaced
 from fewstep.evaluation.report.grids import grids, tiles
-from fewstep.evaluation.results import Measured, Model, Report, Row, read_results
+from fewstep.evaluation.results import Measured, Model, Report, Row, over_seeds, read_results
 
 TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64)
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -199,7 +199,7 @@ def test_markdown_and_page_show_the_same_numbers_as_the_rows(report: Report, wri
     page = Page((written / "index.html").read_text())
     metrics = ["fd_pixels", "recall_pixels", "precision_pixels", "density_pixels", "coverage_pixels"]
     lines = parse_markdown(tables.markdown_table(report, metrics))
-    html = page.tables[1]
+    html = next(table for table in page.tables if "NFE" in table[0])
     assert len(lines) == len(report.rows) == len(html) - 1
     for row, line, cells in zip(report.rows, lines, html[1:], strict=True):
         assert (line["model"], line["steps"], line["NFE"]) == (row.model, str(row.steps), str(row.nfe))
@@ -405,7 +405,8 @@ def test_names_from_outside_are_escaped(report: Report, tmp_path: Path) -> None:
     assert "<u>" not in text
     assert page.open == []
     assert name in page.words
-    assert sum(cells[0] == name for cells in page.tables[1]) == 4
+    html = next(table for table in page.tables if "NFE" in table[0])
+    assert sum(cells[0] == name for cells in html) == 4
     assert "<script" not in (tmp_path / "report.md").read_text()
     widths = {line.replace("\\|", "").count("|") for line in tables.markdown_table(hostile, ["fd_pixels"]).splitlines()}
     assert len(widths) == 1
@@ -539,3 +540,176 @@ def test_report_imports_no_torch() -> None:
     code = f"import sys, fewstep.evaluation.report; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# One table and one figure --------------------------------------------------------------------------------------------
+
+
+def overview(text: str) -> dict[str, dict[str, str]]:
+    """The overview of a Markdown report, by model."""
+    block = next(block for block in text.split("\n\n") if "fd_pixels ↓ at 1" in block)
+    return {line["model"]: line for line in parse_markdown(block)}
+
+
+def test_the_overview_has_a_line_per_model(report: Report, written: Path) -> None:
+    lines = overview((written / "report.md").read_text())
+    assert list(lines) == list(FD_PIXELS)
+    for row in report.rows:
+        if row.steps > 8:
+            continue  # no student has as many
+        line = lines[row.model]
+        for metric, arrow in (("fd_pixels", "↓"), ("fd_digits", "↓"), ("recall_pixels", "↑")):
+            assert line[f"{metric} {arrow} at {row.steps}"] == wording.number(row.metrics[metric].value)
+    assert len(lines["digits-teacher"]) == 1 + 3 * 4
+    table = tables.overview_table(report)
+    assert table is not None
+    assert table.groups() == [("", 1), ("fd_pixels ↓", 4), ("fd_digits ↓", 4), ("recall_pixels ↑", 4)]
+    best = {
+        column.head: table.columns[0].cells[i].text
+        for column in table.columns[1:5]
+        for i, cell in enumerate(column.cells)
+        if cell.best
+    }
+    assert best == {"1": "digits-meanflow", "2": "digits-meanflow", "4": "digits-meanflow", "8": "digits-meanflow"}
+    assert "digits-teacher at 64 steps: fd_pixels 0.540, fd_digits 2.07, recall_pixels" in tables.overview_caption(
+        report
+    )
+
+
+def test_the_overview_has_a_dash_where_nothing_was_measured(report: Report, tmp_path: Path) -> None:
+    kept = [row for row in report.rows if row.model != "digits-consistency" or row.steps == 1]
+    write_report(replace(report, rows=tuple(kept)), tmp_path)
+    line = overview((tmp_path / "report.md").read_text())["digits-consistency"]
+    assert line["fd_pixels ↓ at 1"] == "1.22"
+    assert {line[f"fd_pixels ↓ at {steps}"] for steps in (2, 4, 8)} == {"–"}
+    assert tables.overview_table(only(report, "digits-teacher", "digits-meanflow")) is None
+
+
+def test_a_spread_has_the_decimals_of_its_value() -> None:
+    cases = {(0.2687, 0.0123): "± 0.012", (27.13, 0.4): "± 0.4", (4.7612, 0.096): "± 0.10", (1234.0, 56.0): "± 56"}
+    cases |= {(0.2687, 0.0002): "± 0.0002", (0.0, 0.0): "± 0", (0.5, 0.0): "± 0.000", (0.5, math.nan): ""}
+    assert {pair: wording.spread(*pair) for pair in cases} == cases
+    assert wording.spread(0.5, None) == ""
+    assert wording.with_spread(Measured(0.2687, sd=0.0123)) == "0.269 ± 0.012"
+    assert wording.with_spread(None) == "–"
+
+
+@pytest.fixture(scope="module")
+def spread_out(report: Report) -> Report:
+    """The same over three trainings, at 0.9, 1 and 1.1 times each distance: the mean stays, sd is a tenth of it."""
+    seeds = {}
+    for seed, factor in enumerate((0.9, 1.0, 1.1)):
+        rows = []
+        for row in report.rows:
+            scaled = {n: Measured(m.value * (factor if n.startswith("fd") else 1)) for n, m in row.metrics.items()}
+            rows.append(replace(row, metrics=scaled, seed=seed, digest=f"{row.digest}-{seed}"))
+        seeds[seed] = replace(report, rows=tuple(rows))
+    return over_seeds(seeds)
+
+
+def test_spreads_are_in_every_rendering(spread_out: Report, report: Report, tmp_path: Path) -> None:
+    text = write_report(spread_out, tmp_path).read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    # digits-consistency at one step: 1.22 and a tenth of it.
+    assert overview(markdown)["digits-consistency"]["fd_pixels ↓ at 1"] == "1.22 ± 0.12"
+    assert "1.22 <small>± 0.12</small>" in text
+    (main,) = [
+        block for block in markdown.split("\n\n") if block.startswith("| model | objective") and "fd_pixels" in block
+    ]
+    assert "1.22 ± 0.12" in main
+    for page in (Page(text).words, markdown):
+        assert "mean and standard deviation over 3 trainings" in page
+        assert "No intervals are shown" not in page
+    with (tmp_path / "results.csv").open() as file:
+        lines = {(line["model"], line["steps"], line["metric"]): line for line in csv.DictReader(file)}
+    line = lines["digits-consistency", "1", "fd_pixels"]
+    assert (float(line["value"]), float(line["sd"]), line["seeds"]) == (pytest.approx(1.22), pytest.approx(0.122), "3")
+    assert read_results(tmp_path / "results.json") == spread_out
+    assert answer.headline(spread_out).startswith(
+        "At 4 steps, `digits-meanflow` has `fd_pixels` 0.430 ± 0.043 over 3 tr"
+    )
+    assert len(answer.series(spread_out)) == 4
+    assert "0, 1, 2" in dict(dict(_sections(text))["Data"])["seed"]
+    card = yaml.safe_load((tmp_path / "card.md").read_text().split("---\n")[1])["model-index"][0]
+    first = card["results"][0]["metrics"][0]
+    assert (first["args"]["sd"], first["args"]["trainings"]) == (pytest.approx(0.1 * first["value"]), 3)
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    console.print(tables.console_table(spread_out))
+    assert "1.22 ± 0.12" in console.file.getvalue()
+    assert max(map(len, console.file.getvalue().splitlines())) <= 100
+    assert "±" not in tables.markdown_table(report, ["fd_pixels"])
+
+
+def _sections(page: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Headings of a page with the names and texts of the list below each."""
+    found = re.findall(r"<h3>([^<]*)</h3>\s*<dl>(.*?)</dl>", page, flags=re.DOTALL)
+    return [(heading, re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", body)) for heading, body in found]
+
+
+def test_bars_of_a_figure_are_one_standard_deviation(spread_out: Report) -> None:
+    one = only(spread_out, "digits-meanflow")
+    rows = [replace(row, metrics={"recall_pixels": row.metrics["recall_pixels"]}) for row in one.rows]
+    without = [replace(row, metrics={"recall_pixels": Measured(0.5)}, seeds=1) for row in rows]
+    (barred,), (plain,) = (
+        figures(Report(tuple(made), (), {"extractors": {"pixels": {}}})) for made in (rows, without)
+    )
+    assert "Points and bars: mean and standard deviation over 3 trainings" in barred.caption
+    assert "bars" not in plain.caption
+    assert barred.svg.count("<path") >= plain.svg.count("<path") + len(rows)
+    assert wording.ends(Measured(0.5, sd=0.1)) == pytest.approx((0.4, 0.6))
+    assert wording.ends(Measured(0.5, 0.3, 0.9, sd=0.1)) == (0.3, 0.9)
+    assert wording.ends(Measured(0.5)) is None
+
+
+def many(report: Report, count: int = 14) -> Report:
+    """As many students, one of them with a single step, one at zero, beside the teacher."""
+    students = []
+    for i in range(count):
+        own = [row for row in report.rows if row.model == list(FD_PIXELS)[1 + i % 3]]
+        for row in own[: 1 if i == 5 else None]:
+            metrics = {
+                name: replace(m, value=m.value * (1 + i / 9) if i != 7 else 0.0, low=None, high=None, sd=0.02)
+                for name, m in row.metrics.items()
+                if name in ("fd_pixels", "recall_pixels")
+            }
+            students.append(replace(row, model=f"student-{i}", metrics=metrics, seeds=3))
+    teacher = [with_only(row, *students[0].metrics) for row in only(report, "digits-teacher").rows]
+    return Report((*teacher, *students), (), {"dataset": "digits", "floor": {"fd_pixels": 0.02}})
+
+
+def with_only(row: Row, *metrics: str) -> Row:
+    return replace(row, metrics={name: row.metrics[name] for name in metrics})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("teacher", [True, False])
+def test_fourteen_curves_are_told_apart(teacher: bool, report: Report, tmp_path: Path) -> None:
+    made = many(report)
+    if not teacher:
+        made = replace(made, rows=tuple(row for row in made.rows if row.role == "student"))
+    looks = look_of(answer.series(made))
+    drawn = {(look["color"], look["marker"], look["linestyle"], look.get("markerfacecolor")) for look in looks.values()}
+    assert len(drawn) == len(looks) == 14 + teacher
+    # Neither a hue nor a marker alone tells two of them apart twice.
+    students = [look for label, look in looks.items() if label.startswith("student")]
+    assert len({(look["color"], look["linestyle"]) for look in students}) == 14
+    text = write_report(made, tmp_path).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert text.count('class="wide"') == 3
+    assert "<details>" in text
+    assert len(page.ids) == len(set(page.ids))
+    for i in range(len(HUES)):  # a light and a dark colour of each
+        assert text.count(f"--hue-{i}: ") == 2
+    assert not [hue for hue in HUES if hue.lower() in text.replace("--hue", "").split("</style>")[1]]
+    assert page.words.count("The axes hold the students") == 2
+
+
+def test_names_beside_curves_keep_their_distance() -> None:
+    assert spaced([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
+    # Two at one place part evenly; a third that they push aside joins them.
+    assert spaced([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert spaced([0.5, 0.5, 0.58], 0.1) == pytest.approx([0.4267, 0.5267, 0.6267], abs=1e-4)
+    assert spaced([0.0, 0.01], 0.1) == pytest.approx([0.0, 0.1])
+    assert spaced([1.0, 1.0, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0])
+    assert spaced([], 0.1) == []
