@@ -650,9 +650,7 @@ def test_bars_of_a_figure_are_one_standard_deviation(spread_out: Report) -> None
     one = only(spread_out, "digits-meanflow")
     rows = [replace(row, metrics={"recall_pixels": row.metrics["recall_pixels"]}) for row in one.rows]
     without = [replace(row, metrics={"recall_pixels": Measured(0.5)}, seeds=1) for row in rows]
-    (barred,), (plain,) = (
-        figures(Report(tuple(made), (), {"extractors": {"pixels": {}}})) for made in (rows, without)
-    )
+    (barred,), (plain,) = (figures(Report(tuple(made), (), {"extractors": {"pixels": {}}})) for made in (rows, without))
     assert "Points and bars: mean and standard deviation over 3 trainings" in barred.caption
     assert "bars" not in plain.caption
     assert barred.svg.count("<path") >= plain.svg.count("<path") + len(rows)
@@ -703,6 +701,20 @@ def test_fourteen_curves_are_told_apart(teacher: bool, report: Report, tmp_path:
         assert text.count(f"--hue-{i}: ") == 2
     assert not [hue for hue in HUES if hue.lower() in text.replace("--hue", "").split("</style>")[1]]
     assert page.words.count("The axes hold the students") == 2
+
+
+def test_only_curves_that_end_inside_at_the_right_are_named_there() -> None:
+    from matplotlib.figure import Figure
+
+    from fewstep.evaluation.report.figures import _name_at_ends
+
+    axes = Figure().add_subplot()
+    lines = {"near": [2, 3, 3], "above": [9, 9, 9], "leaves below": [3, 2, -7], "short": [2]}
+    drawn = {label: axes.plot([1, 2, 4][: len(y)], y, label=label)[0] for label, y in lines.items()}
+    axes.set_xlim(0, 5)
+    axes.set_ylim(0, 5)
+    assert _name_at_ends(axes, drawn) == ["near"]
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["near"]
 
 
 def test_names_beside_curves_keep_their_distance() -> None:
