@@ -587,6 +587,7 @@ def test_the_overview_has_a_dash_where_nothing_was_measured(report: Report, tmp_
 
 def test_a_spread_has_the_decimals_of_its_value() -> None:
     cases = {(0.2687, 0.0123): "± 0.012", (27.13, 0.4): "± 0.4", (4.7612, 0.096): "± 0.10", (1234.0, 56.0): "± 56"}
+    cases |= {(-0.000606, 0.021529): "± 0.022", (0.5, 5.21): "± 5.2", (3.0, 1234.0): "± 1,234"}
     cases |= {(0.2687, 0.0002): "± 0.0002", (0.0, 0.0): "± 0", (0.5, 0.0): "± 0.000", (0.5, math.nan): ""}
     assert {pair: wording.spread(*pair) for pair in cases} == cases
     assert wording.spread(0.5, None) == ""

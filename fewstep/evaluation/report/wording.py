@@ -21,11 +21,14 @@ def number(value: float | None) -> str:
 
 
 def spread(value: float, sd: float | None) -> str:
-    """``± sd`` to as many decimals as ``number`` gives the value, and at least one digit of its own; else nothing."""
+    """``± sd`` to as many decimals as ``number`` gives the value, in one or two digits of its own; else nothing."""
     if sd is None or not math.isfinite(sd) or not math.isfinite(value):
         return ""
-    text = f"{sd:,.{len(number(value).partition('.')[2])}f}"
-    return f"± {text if float(text.replace(',', '')) or not sd else f'{sd:.1g}'}"
+    decimals = len(number(value).partition(".")[2])
+    if sd > 0:
+        magnitude = math.floor(math.log10(sd))
+        decimals = max(0, min(max(decimals, -magnitude), 1 - magnitude))
+    return f"± {sd:,.{decimals}f}"
 
 
 def with_spread(found: Measured | None) -> str:
