@@ -17,7 +17,8 @@ from fewstep.networks.condition import ConditionedNetwork, early_blocks
 from fewstep.networks.condition_shift import ConditionShift
 from fewstep.networks.config import FloTConfig, MLPConfig, NetworkConfig, UNetConfig
 from fewstep.networks.embeddings import GuidanceEmbedding, TimeEmbedding, sinusoidal, to_bfloat16
-from fewstep.networks.unet import Stage
+from fewstep.networks.flot import FloT
+from fewstep.networks.unet import Stage, UNet
 from fewstep.students.initialise import copy_teacher
 
 SHAPE, CLASSES = (3, 4, 6), 4
@@ -69,18 +70,19 @@ def body(net: nn.Module) -> ConditionedNetwork:
 def blocks(net: nn.Module) -> list[nn.Module]:
     """What is modulated, in the order in which it acts; the modulation behind all of FloT's blocks is the last."""
     inner = body(net)
-    if hasattr(inner, "middle"):
+    if isinstance(inner, UNet):
         return [stage for stage in (*inner.down, *inner.middle, *inner.up) if isinstance(stage, Stage)]
     return [*inner.blocks]
 
 
 def ends(net: nn.Module) -> list[nn.Module]:
     inner = body(net)
-    return [inner.modulation] if hasattr(inner, "modulation") else []
+    return [inner.modulation] if isinstance(inner, FloT) else []
 
 
 def modulations(net: nn.Module) -> list[nn.Module]:
-    return [getattr(block, "block", block).modulation for block in blocks(net)] + ends(net)
+    inner = [block.block if isinstance(block, Stage) else block for block in blocks(net)]
+    return [block.modulation for block in inner] + ends(net)
 
 
 @contextmanager
