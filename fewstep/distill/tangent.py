@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewstep.distill.duals import cheap_duals
+
 Net = nn.Module | Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Derivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 PathDerivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -26,7 +28,8 @@ def forward_derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor,
     """
 
     def u(x: Tensor, t: Tensor) -> Tensor:
-        return net(x, t, r_B, label_B)
+        with cheap_duals():
+            return net(x, t, r_B, label_B)
 
     with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(u, (x, t_B), (v, torch.ones_like(t_B)))[1]
@@ -54,7 +57,8 @@ def path_derivative(
     """``(u, du/dt)`` from one forward-mode product with the tangents ``(v, 1)``, differentiable."""
 
     def u(x: Tensor, t: Tensor) -> Tensor:
-        return net(x, t, r_B, label_B)
+        with cheap_duals():
+            return net(x, t, r_B, label_B)
 
     with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         both = torch.func.jvp(u, (x, t_B), (v, torch.ones_like(t_B)))
@@ -79,7 +83,8 @@ def end_derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tenso
     """``(u, d_r u)`` from one forward-mode product with the tangent 1 of ``r``, differentiable."""
 
     def u(r: Tensor) -> Tensor:
-        return net(x, t_B, r, label_B)
+        with cheap_duals():
+            return net(x, t_B, r, label_B)
 
     with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         both = torch.func.jvp(u, (r_B,), (torch.ones_like(r_B),))
