@@ -10,7 +10,7 @@ import typer
 from fewstep.commands.bench_loader import bench_loader
 from fewstep.commands.shared import AsJson, Overrides, user_errors
 from fewstep.console import emit_json, meter, say, stderr
-from fewstep.errors import GateFailed, UsageError
+from fewstep.errors import GateFailed, UsageError, nearest
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure fewstep itself.", rich_markup_mode=None)
 
@@ -124,6 +124,99 @@ def bench_network(
             append_row(ledger, bench.to_json())
         if as_json:
             emit_json(bench.to_json())
+
+
+@bench_app.command("objectives")
+def bench_objectives(
+    kinds: Annotated[
+        list[str] | None,
+        typer.Argument(help="Kinds of objectives, or single lines of the table (default: all).", metavar="[KIND ...]"),
+    ] = None,
+    size: Annotated[str, typer.Option("--size", help="The network, by its name.")] = "flot-mini",
+    shape: Annotated[str, typer.Option("--shape", help="Shape of an image: C,H,W.")] = "1,8,8",
+    classes: Annotated[int, typer.Option("--classes", min=0, help="Classes (0: unconditional).")] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples of a batch.")] = 128,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Rounds in which every objective takes its turn.")
+    ] = 15,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")] = 0,
+    ledger: Ledger = None,
+    max_ratio: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-ratio", help="Exit 4 if a step costs more times that of flow matching.", metavar="NAME=RATIO"
+        ),
+    ] = None,
+    max_memory: Annotated[
+        list[str] | None,
+        typer.Option("--max-memory", help="The same for the peak memory of a step.", metavar="NAME=RATIO"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a training step of each objective costs, with that of flow matching as one.
+
+    Same network, same batches, same optimiser; the objectives take turns, so that other work on the machine meets all.
+    Printed are medians and quartiles over the rounds, by processor time (which the gates compare, and on a GPU the
+    clock) and by the clock, and the most memory a step holds beyond what stays between steps.
+
+    Example: fewstep bench objectives meanflow --max-ratio meanflow=1.3
+    """
+    with user_errors():
+        from fewstep.bench import append_row
+        from fewstep.bench_objectives import bench_objectives, chosen_variants, objectives_table, objectives_title
+        from fewstep.files import check_folder
+        from fewstep.workflows import default_device
+
+        measured = [variant.name for variant in chosen_variants(kinds or [])]
+        ratios = _gates("--max-ratio", max_ratio or [], measured)
+        memories = _gates("--max-memory", max_memory or [], measured)
+        if ledger is not None:
+            check_folder(ledger.absolute().parent)
+        with meter("bench objectives") as shown:
+            bench = bench_objectives(
+                kinds or [],
+                size,
+                _shape(shape),
+                classes=classes,
+                batch_size=batch_size,
+                repeats=repeats,
+                device=default_device(),
+                threads=threads,
+                report=lambda done, total: shown.update(done, total, "rounds"),
+            )
+        say(objectives_title(bench))
+        stderr().print(objectives_table(bench))
+        if ledger is not None:
+            append_row(ledger, bench.to_json())
+        if as_json:
+            emit_json(bench.to_json())
+        for cost in bench.objectives:
+            found = bench.ratio(cost)
+            if not found <= ratios.get(cost.name, math.inf):
+                raise GateFailed(
+                    f"a step of {cost.name} costs {found:.3f} of flow matching's, above {ratios[cost.name]:g}"
+                )
+            if not cost.memory_ratio <= memories.get(cost.name, math.inf):
+                raise GateFailed(
+                    f"a step of {cost.name} holds {cost.memory_ratio:.3f} of flow matching's memory, "
+                    f"above {memories[cost.name]:g}"
+                )
+
+
+def _gates(option: str, texts: list[str], measured: list[str]) -> dict[str, float]:
+    """``NAME=RATIO`` of every text, each of something that is measured."""
+    found = {}
+    for text in texts:
+        name, _, ratio = text.partition("=")
+        if name not in measured:
+            raise UsageError(f"{option}: '{name}' is not measured; {nearest(name, measured)}")
+        try:
+            found[name] = float(ratio)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise UsageError(f"{option} takes NAME=RATIO with a finite number, got '{text}'")
+    return found
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,0 +1,418 @@
+"""What a training step of each objective costs beside one of flow matching: same network, same batches, same optimiser.
+
+Objectives are made as training makes them, from configs: a kind that is new in the config tree is measured without
+further ado. Shapes: B batch, D dimensions of a sample.
+"""
+
+import contextlib
+import copy
+import datetime
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from fewstep.bench import Spread, bare_training, spread, synchronise
+from fewstep.block import Block
+from fewstep.checkpoint import RunDirectory
+from fewstep.config import TRAINS, RunConfig, check_config
+from fewstep.data.dataset import Batch, BatchSource, Dataset
+from fewstep.data.prepare import write_shards
+from fewstep.data.stream import stream_of
+from fewstep.distill.config import MeanFlowConfig, ObjectiveConfig
+from fewstep.distill.objective import LossOutput, Objective
+from fewstep.distill.plan import times_of
+from fewstep.distill.run import check_training, run_training
+from fewstep.environment import describe_environment
+from fewstep.errors import FewstepError, UsageError, nearest
+from fewstep.flow import LINEAR, expand
+from fewstep.keys import Key
+from fewstep.networks.build import parameter_count
+from fewstep.networks.config import SIZES
+from fewstep.times import jump_rows, sample_pairs
+
+REFERENCE = "flow_matching"
+TEXTBOOK = "meanflow-textbook"
+WARM_UP_STEPS = 2
+CHECKED_ROWS = 16
+TOLERANCE = 1e-6
+"""Relative, of a loss and its gradient in float64."""
+
+
+@dataclass(frozen=True)
+class ObjectiveCost:
+    """One objective. Times are milliseconds of a step: forward and backward pass of the objective, and AdamW.
+
+    Ratios are to flow matching's step of the same round, by the clock and by processor time, which other work on the
+    machine hardly moves. ``memory_mb`` is the most that a step holds beyond what is there between steps (weights, the
+    optimiser's state, teachers, targets): as torch's allocator counts, without what libraries take for themselves.
+    """
+
+    name: str
+    kind: str
+    step_ms: Spread
+    cpu_ms: Spread
+    ratio: Spread
+    cpu_ratio: Spread
+    memory_mb: float
+    memory_ratio: float
+
+
+@dataclass(frozen=True)
+class ObjectivesBench:
+    """Objectives on one network and one batch size, in order of their names but for flow matching, which is first.
+
+    ``textbook_error`` is how far loss and gradient of the textbook's MeanFlow step lie from ours, relative and in
+    float64: None where it was not asked for.
+    """
+
+    size: str
+    params: int
+    shape: tuple[int, ...]
+    classes: int
+    batch_size: int
+    repeats: int
+    device: str
+    threads: int
+    textbook_error: float | None
+    objectives: tuple[ObjectiveCost, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """With where and when it was measured: a row of the ledger."""
+        today = datetime.date.today().isoformat()
+        return {"date": today, "bench": "objectives", **asdict(self), "environment": describe_environment()}
+
+    def ratio(self, cost: ObjectiveCost) -> float:
+        """What a gate compares: processor time, or time by the clock where the processor only waits for a GPU."""
+        return (cost.cpu_ratio if self.device == "cpu" else cost.ratio).median
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: a kind of objective and what is set in its block."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def variants() -> dict[str, Variant]:
+    """Every objective there is, by name: from the data where it can learn from them (``-teacher``: from a teacher's
+    velocity), with forward mode where it needs a derivative (``-finite-difference``: with differences)."""
+    found = [Variant(REFERENCE, REFERENCE)]
+    for kind, block in sorted(_blocks().items()):
+        if kind == REFERENCE:
+            continue
+        from_data = {"velocity": "data"} if "velocity" in block.model_fields else {}
+        found.append(Variant(kind, kind, from_data))
+        if "jvp" in block.model_fields:
+            found.append(Variant(f"{kind}-finite-difference", kind, {**from_data, "jvp": "finite_difference"}))
+        if from_data:
+            found.append(Variant(f"{kind}-teacher", kind, {"velocity": "teacher"}))
+        if kind == "meanflow":
+            found.append(Variant(TEXTBOOK, kind, from_data))
+    return {variant.name: variant for variant in found}
+
+
+def chosen_variants(names: Sequence[str]) -> list[Variant]:
+    """Those of the named kinds or lines, flow matching always among them; all where none is named."""
+    known = variants()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no objective '{name}'; {nearest(name, known)}")
+    return [
+        variant
+        for variant in known.values()
+        if not names or variant.name == REFERENCE or variant.name in names or variant.kind in names
+    ]
+
+
+def bench_objectives(
+    names: Sequence[str],
+    size: str,
+    shape: tuple[int, ...],
+    *,
+    classes: int,
+    batch_size: int,
+    repeats: int,
+    device: torch.device,
+    threads: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> ObjectivesBench:
+    """Measure a training step of the named objectives, or of all.
+
+    In every round each takes one step on the same batch, and every round starts with another one, so that whatever else
+    the machine does meets all of them. The teacher is one of the same size that has taken one step: what it says does
+    not matter here. ``FewstepError`` if the textbook's MeanFlow step is not ours.
+    """
+    chosen = chosen_variants(names)
+    if size not in SIZES:
+        raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
+    if len(shape) != 3:
+        raise UsageError(f"objectives are measured on images: a shape of C,H,W, not {list(shape)}")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        with tempfile.TemporaryDirectory() as folder:
+            workshop = _Workshop(Path(folder), size, shape, classes, batch_size, device)
+            error = _textbook_error(workshop) if any(each.name == TEXTBOOK for each in chosen) else None
+            objectives = {variant.name: workshop.objective(variant).to(device) for variant in chosen}
+            batch = workshop.source().batch
+            steps = {
+                name: bare_training(objective, batch, workshop.config(variants()[name]).train, seed=0)
+                for name, objective in objectives.items()
+            }
+            for each in steps.values():
+                for _ in range(WARM_UP_STEPS):
+                    next(each)
+            memory = {name: _peak_bytes(each, device) for name, each in steps.items()}
+            taken: dict[str, list[_Time]] = defaultdict(list)
+            order = list(steps)
+            for round_ in range(repeats):
+                first = round_ % len(order)
+                for name in order[first:] + order[:first]:
+                    taken[name].append(_timed(steps[name], device))
+                report(round_ + 1, repeats)
+        costs = [_cost(variant, taken[variant.name], taken[REFERENCE], memory) for variant in chosen]
+        return ObjectivesBench(
+            size=size,
+            params=parameter_count(objectives[REFERENCE].student),
+            shape=shape,
+            classes=classes,
+            batch_size=batch_size,
+            repeats=repeats,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            threads=torch.get_num_threads(),
+            textbook_error=error,
+            objectives=tuple(costs),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def objectives_title(bench: ObjectivesBench) -> str:
+    """For people: what was measured."""
+    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
+    what = f"{bench.size}, {bench.params:,} parameters, samples of {' x '.join(map(str, bench.shape))}"
+    return f"{what}, batch {bench.batch_size}; {where}; {bench.repeats} rounds"
+
+
+def objectives_table(bench: ObjectivesBench) -> Table:
+    """For people: one line per objective, medians with quartiles."""
+    caption = None
+    if bench.textbook_error is not None:
+        caption = f"{TEXTBOOK}: loss and gradient are ours within {bench.textbook_error:.0e} (relative, float64)"
+    table = Table(caption=caption)
+    for head in ("", "processor time", "quartiles", "wall time", "quartiles", "step ms", "peak MB", "memory"):
+        table.add_column(head, justify="left" if head == "" else "right")
+    for cost in bench.objectives:
+        cells = []
+        for found in (cost.cpu_ratio, cost.ratio):
+            cells += [f"{found.median:.3f}", f"{found.low:.3f} to {found.high:.3f}"]
+        cells += [f"{cost.step_ms.median:.1f}", f"{cost.memory_mb:.1f}", f"{cost.memory_ratio:.3f}"]
+        table.add_row(cost.name, *cells)
+    return table
+
+
+class Textbook(Objective):
+    """MeanFlow as algorithm 1 of the paper (Geng et al. 2505.13447) prints it: one Jacobian-vector product over all
+    rows, whose first output carries the gradient.
+
+    Nobody trains with it: it is what ours is compared with, equal in loss and gradient. From data, with Gaussian noise.
+    """
+
+    def __init__(self, student: nn.Module, config: MeanFlowConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.config = config
+        self.times = times_of(config.times)
+
+    def forward(self, batch: Batch, key: Key) -> LossOutput:
+        e = key.normal("noise", batch.index, tuple(batch.x.shape[1:]))
+        pairs = sample_pairs(self.times, key, batch.index, jump_rows(batch.index, self.config.jump_fraction))
+        point = LINEAR.sample(batch.x, e, pairs.t)
+
+        def u_theta(x_t: Tensor, t_B: Tensor) -> Tensor:
+            return self.student(x_t, t_B, pairs.r, batch.label)
+
+        with sdpa_kernel(SDPBackend.MATH):
+            both = torch.func.jvp(u_theta, (point.x_t, pairs.t), (point.v, torch.ones_like(pairs.t)))
+        u, du_dt = both[0], both[1]
+        target = (point.v - expand(pairs.t - pairs.r, u) * du_dt).detach()
+        residual = (u - target).flatten(1).square().sum(dim=1)
+        dim = u[0].numel()
+        power = self.config.weight_power
+        weight = 1 / dim if power == 0 else (residual.detach() + self.config.weight_offset) ** -power
+        return LossOutput(weight * residual, residual.detach() / dim, pairs.t, {})
+
+
+class _Workshop:
+    """Random data and a teacher of one step in a folder, and the objectives that train on them."""
+
+    def __init__(
+        self, folder: Path, size: str, shape: tuple[int, ...], classes: int, batch_size: int, device: torch.device
+    ) -> None:
+        self._folder, self._size, self._batch_size, self._device = folder, size, batch_size, device
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (2 * batch_size, *shape), dtype=torch.uint8, generator=generator)
+        label = torch.arange(len(images)) % classes if classes else None
+        data = Dataset("bench", images, label, classes, kind="image")
+        write_shards(stream_of(data, "bench"), folder / "data", "bench", shard_size=len(images))
+        teacher = RunDirectory(folder / "teacher")
+        for _ in run_training(self.config(variants()[REFERENCE]), teacher, resume=False, overwrite=False):
+            pass
+
+    def config(self, variant: Variant) -> RunConfig:
+        """A checked config of one step, with the teacher unless the objective takes none."""
+        tree: dict[str, Any] = {
+            "name": variant.name,
+            "data": {"kind": "shards", "path": str(self._folder / "data")},
+            "objective": {"kind": variant.kind, **variant.settings},
+            "train": {"steps": 1, "batch_size": self._batch_size, "warmup_steps": 0},
+        }
+        kind = TRAINS[variant.kind]
+        alone = {**tree, "student": {"kind": kind, "init": "scratch", "network": SIZES[self._size].model_dump()}}
+        if variant.kind == REFERENCE:
+            return check_config(alone, variant.name)
+        taught = {
+            **tree,
+            "teacher": {"kind": "run", "path": str(self._folder / "teacher")},
+            "student": {"kind": kind, "init": "teacher"},
+        }
+        try:
+            return check_config(taught, variant.name)
+        except UsageError:
+            with contextlib.suppress(UsageError):
+                return check_config(alone, variant.name)
+            raise
+
+    def objective(self, variant: Variant, dtype: torch.dtype = torch.float32) -> Objective:
+        """That of the first stage, with a student all of whose weights count: those that start at zero are drawn."""
+        config = self.config(variant)
+        run = RunDirectory(self._folder / "run")  # nothing is written there
+        request = check_training(config, run, self._device, processes=1, resume=False, overwrite=False)
+        student = copy.deepcopy(request.student)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in student.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        student.to(dtype)
+        if variant.name == TEXTBOOK:
+            assert isinstance(config.objective, MeanFlowConfig)
+            return Textbook(student, config.objective)
+        return request.stages[0].build(student, None)
+
+    def source(self) -> BatchSource:
+        config = self.config(variants()[REFERENCE])
+        run = RunDirectory(self._folder / "run")
+        request = check_training(config, run, self._device, processes=1, resume=False, overwrite=False)
+        return BatchSource(request.data, self._batch_size, 0, device=self._device)
+
+
+def _textbook_error(workshop: _Workshop) -> float:
+    """The larger of the relative differences of loss and gradient between the textbook's MeanFlow step and ours."""
+    batch = workshop.source().batch(0)
+    rows = slice(0, CHECKED_ROWS)
+    label = None if batch.label is None else batch.label[rows].cpu()
+    few = Batch(batch.x[rows].double().cpu(), label, batch.index[rows].cpu())
+    known = variants()
+    return step_difference(
+        workshop.objective(known[TEXTBOOK], torch.float64), workshop.objective(known["meanflow"], torch.float64), few
+    )
+
+
+def step_difference(reference: Objective, other: Objective, batch: Batch) -> float:
+    """Relative difference of two objectives' losses and of their gradients, whichever is larger.
+
+    ``FewstepError`` where it exceeds ``TOLERANCE``: then it is not the same step that is timed.
+    """
+    found = []
+    for objective in (reference, other):
+        loss = objective(batch, Key(0)).per_sample_B.mean()
+        gradients = torch.autograd.grad(loss, list(objective.student.parameters()), allow_unused=True)
+        found.append((loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])))
+    difference = max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True))
+    if not difference <= TOLERANCE:
+        raise FewstepError(f"the textbook's MeanFlow step differs from ours by {difference:.2g} (relative)")
+    return difference
+
+
+@dataclass(frozen=True)
+class _Time:
+    wall: float
+    cpu: float
+
+
+def _timed(steps: Iterator[object], device: torch.device) -> _Time:
+    """Wall and processor time of one step, in milliseconds."""
+    synchronise(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    next(steps)
+    synchronise(device)
+    return _Time(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))
+
+
+def _cost(variant: Variant, own: list[_Time], reference: list[_Time], memory: dict[str, int]) -> ObjectiveCost:
+    pairs = list(zip(own, reference, strict=True))
+    return ObjectiveCost(
+        name=variant.name,
+        kind=variant.kind,
+        step_ms=spread([each.wall for each in own]),
+        cpu_ms=spread([each.cpu for each in own]),
+        ratio=spread([a.wall / b.wall for a, b in pairs]),
+        cpu_ratio=spread([a.cpu / b.cpu for a, b in pairs]),
+        memory_mb=memory[variant.name] / 2**20,
+        memory_ratio=memory[variant.name] / memory[REFERENCE],
+    )
+
+
+def _peak_bytes(steps: Iterator[object], device: torch.device) -> int:
+    """The most that one step holds at once beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        next(steps)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        next(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((each for each in events if each.get("name") == "[memory]"), key=lambda each: each["ts"]):
+        held += event["args"]["Bytes"]  # negative where something is freed
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches the process's stderr: torch's profiler tells there when it starts and stops, whoever asks."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _blocks() -> dict[str, type[Block]]:
+    """The config block of every kind of objective."""
+    blocks = get_args(get_args(ObjectiveConfig)[0])
+    return {block.model_fields["kind"].default: block for block in blocks}
