@@ -180,7 +180,7 @@ def bare_training(
 ) -> Iterator[Tensor]:
     """The loop one would write by hand, at a constant rate, for ever; yields the loss after each step."""
     optimizer = torch.optim.AdamW(
-        objective.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        objective.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     for step in itertools.count():
         loss = objective(batch(step), Key(seed, step)).per_sample_B.mean()

@@ -31,9 +31,11 @@ from fewstep.config import TRAINS, RunConfig, check_config
 from fewstep.data.dataset import Batch, BatchSource, Dataset
 from fewstep.data.prepare import write_shards
 from fewstep.data.stream import stream_of
-from fewstep.distill.config import MeanFlowConfig, ObjectiveConfig
-from fewstep.distill.objective import LossOutput, Objective
-from fewstep.distill.plan import times_of
+from fewstep.distill.config import ObjectiveConfig
+from fewstep.distill.flow_maps.config import MeanFlowConfig
+from fewstep.distill.flow_maps.methods import weight_of
+from fewstep.distill.ingredients import pairs_of
+from fewstep.distill.objective import LossOutput, Objective, mean_square
 from fewstep.distill.run import check_training, run_training
 from fewstep.environment import describe_environment
 from fewstep.errors import FewstepError, UsageError, nearest
@@ -41,7 +43,7 @@ from fewstep.flow import LINEAR, expand
 from fewstep.keys import Key
 from fewstep.networks.build import parameter_count
 from fewstep.networks.config import SIZES
-from fewstep.times import jump_rows, sample_pairs
+from fewstep.times import jump_rows
 
 REFERENCE = "flow_matching"
 TEXTBOOK = "meanflow-textbook"
@@ -108,6 +110,10 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+LATE: dict[str, dict[str, Any]] = {"modular_meanflow": {"end": 0.0}, "alpha_flow": {"alpha": 0.5}}
+"""Methods that change over a training are measured as they are later on, not in their cheaper first steps."""
+
+
 def variants() -> dict[str, Variant]:
     """Every objective there is, by name: from the data where it can learn from them (``-teacher``: from a teacher's
     velocity), with forward mode where it needs a derivative (``-finite-difference``: with differences)."""
@@ -115,12 +121,16 @@ def variants() -> dict[str, Variant]:
     for kind, block in sorted(_blocks().items()):
         if kind == REFERENCE:
             continue
-        from_data = {"velocity": "data"} if "velocity" in block.model_fields else {}
+        velocity = block.model_fields.get("velocity")
+        takes_data = velocity is not None and "data" in get_args(velocity.annotation)
+        from_data = {**({"velocity": "data"} if takes_data else {}), **LATE.get(kind, {})}
         found.append(Variant(kind, kind, from_data))
         if "jvp" in block.model_fields:
             found.append(Variant(f"{kind}-finite-difference", kind, {**from_data, "jvp": "finite_difference"}))
-        if from_data:
-            found.append(Variant(f"{kind}-teacher", kind, {"velocity": "teacher"}))
+            if "one_sided" in get_args(block.model_fields["jvp"].annotation):
+                found.append(Variant(f"{kind}-one-sided", kind, {**from_data, "jvp": "one_sided"}))
+        if takes_data:
+            found.append(Variant(f"{kind}-teacher", kind, {**from_data, "velocity": "teacher"}))
         if kind == "meanflow":
             found.append(Variant(TEXTBOOK, kind, from_data))
     return {variant.name: variant for variant in found}
@@ -236,12 +246,13 @@ class Textbook(Objective):
     def __init__(self, student: nn.Module, config: MeanFlowConfig) -> None:
         super().__init__()
         self.student = student
-        self.config = config
-        self.times = times_of(config.times)
+        self.jump_fraction = config.jump_fraction
+        self.pairs = pairs_of(config.times)
+        self.weight = weight_of(config.weight)
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         e = key.normal("noise", batch.index, tuple(batch.x.shape[1:]))
-        pairs = sample_pairs(self.times, key, batch.index, jump_rows(batch.index, self.config.jump_fraction))
+        pairs = self.pairs(key, batch.index, jump_rows(batch.index, self.jump_fraction))
         point = LINEAR.sample(batch.x, e, pairs.t)
 
         def u_theta(x_t: Tensor, t_B: Tensor) -> Tensor:
@@ -251,11 +262,9 @@ class Textbook(Objective):
             both = torch.func.jvp(u_theta, (point.x_t, pairs.t), (point.v, torch.ones_like(pairs.t)))
         u, du_dt = both[0], both[1]
         target = (point.v - expand(pairs.t - pairs.r, u) * du_dt).detach()
-        residual = (u - target).flatten(1).square().sum(dim=1)
-        dim = u[0].numel()
-        power = self.config.weight_power
-        weight = 1 / dim if power == 0 else (residual.detach() + self.config.weight_offset) ** -power
-        return LossOutput(weight * residual, residual.detach() / dim, pairs.t, {})
+        delta = u - target
+        loss = self.weight(delta, pairs.t, pairs.r)
+        return LossOutput(loss, mean_square(delta.detach()), pairs.t, {})
 
 
 class _Workshop:

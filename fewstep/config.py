@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fewstep.block import Block
 from fewstep.data.config import DataConfig
 from fewstep.distill.config import ObjectiveConfig, TrainConfig
-from fewstep.distill.flow_maps.config import FlowMapBlock, RegressionBlock, ShortcutConfig
+from fewstep.distill.flow_maps.config import EulerianBlock, FlowMapBlock, RegressionBlock, ShortcutConfig
 from fewstep.errors import UsageError, nearest
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.students.config import StudentConfig
@@ -79,6 +79,9 @@ class RunConfig(Block):
         guidance = self.objective.guidance if isinstance(self.objective, RegressionBlock | ShortcutConfig) else None
         if guidance is not None and self.teacher is not None and self.teacher.guidance != 1:
             raise ValueError("objective.guidance and teacher.guidance exclude each other: one of them guides")
+        one_sided = isinstance(self.objective, EulerianBlock) and self.objective.jvp == "one_sided"
+        if one_sided and self.train.precision != "fp32":
+            raise ValueError("objective.jvp one_sided needs train.precision fp32: it is a difference of outputs")
         if self.student.guidance_input and guidance is None:
             can = isinstance(self.objective, RegressionBlock | ShortcutConfig)
             raise ValueError(

@@ -27,7 +27,7 @@ from fewstep.bench_objectives import (
 )
 from fewstep.config import TRAINS, check_config
 from fewstep.data.dataset import Batch, Dataset
-from fewstep.distill.config import MeanFlowConfig
+from fewstep.distill.flow_maps.config import AdaptivePowerConfig, MeanFlowConfig
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.plan import plan
 from fewstep.errors import FewstepError
@@ -77,20 +77,24 @@ def by_hand(net: nn.Module, config: MeanFlowConfig, data: Batch) -> Tensor:
     with torch.no_grad():
         du = (net(x_t + h * v, t + h, r, label) - net(x_t - h * v, t - h, r, label)) / (2 * h)
     square = (net(x_t, t, r, label) - v + (t - r).reshape(-1, 1, 1, 1) * du).square().sum(dim=(1, 2, 3))
-    return square / (square.detach() + config.weight_offset) ** config.weight_power
+    assert isinstance(config.weight, AdaptivePowerConfig)
+    return square / (square.detach() + config.weight.offset) ** config.weight.power
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_the_textbooks_step_is_the_papers(power: float) -> None:
     """Every row's loss, and three quarters of the rows on the diagonal. Measured: 3e-9, by the difference and the
     rounding of times to float32."""
-    config = MeanFlowConfig(velocity="data", weight_power=power, weight_offset=0.1)
+    config = MeanFlowConfig(velocity="data", weight=AdaptivePowerConfig(power=power, offset=0.1))
     net, data = student(torch.float64), batch(torch.float64)
     output = Textbook(net, config)(data, Key(0))
     torch.testing.assert_close(output.per_sample_B, by_hand(net, config, data), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_power": 1.0}, {"jump_fraction": 0.0}, {"jump_fraction": 1.0}])
+POWER = {"weight": {"kind": "power", "power": 1.0}}
+
+
+@pytest.mark.parametrize("settings", [{}, POWER, {"jump_fraction": 0.0}, {"jump_fraction": 1.0}])
 def test_ours_is_the_textbooks(settings: dict[str, Any]) -> None:
     """Loss and gradient of one product over all rows, and of the tail alone beside a plain forward pass. 5e-16."""
     config = check_config(

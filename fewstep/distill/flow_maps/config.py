@@ -132,14 +132,20 @@ class DerivativeBlock(RegressionBlock):
     jvp_step: float = Field(5e-3, gt=0, le=0.1)
 
 
-class MeanFlowConfig(DerivativeBlock):
+class EulerianBlock(DerivativeBlock):
+    """``jvp: one_sided`` takes the difference to the output that is trained anyway: one evaluation, of first order."""
+
+    jvp: Literal["forward", "finite_difference", "one_sided"] = "forward"  # type: ignore[assignment]
+
+
+class MeanFlowConfig(EulerianBlock):
     """MeanFlow (2505.13447), by default with the teacher's velocity as target and tangent."""
 
     kind: Literal["meanflow"] = "meanflow"
     velocity: Literal["teacher", "data"] = "teacher"
 
 
-class ImprovedMeanFlowConfig(DerivativeBlock):
+class ImprovedMeanFlowConfig(EulerianBlock):
     """Improved MeanFlow (2512.02012): the tangent is the student's own velocity ``u(x, t, t)``, not the target's."""
 
     kind: Literal["improved_meanflow"] = "improved_meanflow"

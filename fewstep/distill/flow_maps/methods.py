@@ -58,6 +58,7 @@ from fewstep.distill.objective import Objective
 from fewstep.distill.tangent import (
     Derivative,
     EndDerivative,
+    OneSidedDifference,
     PathDerivative,
     central_difference,
     end_derivative,
@@ -256,6 +257,8 @@ def weight_of(config: WeightConfig) -> Weight:
 
 
 def derivative_of(config: DerivativeBlock) -> Derivative:
+    if config.jvp == "one_sided":
+        return OneSidedDifference(config.jvp_step)
     return forward_derivative if config.jvp == "forward" else central_difference(config.jvp_step)
 
 

@@ -79,14 +79,14 @@ class FlowMapMatching(TargetedObjective):
         v = self.velocity(self.student, known)
 
         goal = self.goal(tail, v[diagonal:] if self.rule.uses_velocity else None, key)
-        target = torch.cat((v[:diagonal], goal.target))
-
         if goal.prediction is None:
             u = self.output(rows, key)
         else:
             u = torch.cat((self.output(rows[:diagonal], key), goal.prediction))
+        if goal.finish is not None:
+            goal = goal.finish(u[diagonal:].detach())
 
-        delta = u - target
+        delta = u - torch.cat((v[:diagonal], goal.target))
         if goal.share == 1:
             loss = self.weight(delta, rows.t, rows.r)
         else:

@@ -10,6 +10,7 @@ A rule is called with the student's network and the rows that jump, and answers 
 output is compared with. Times in a rule are ``[B]``; ``gap`` is ``t - r``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fewstep.distill.flow_maps.rows import Rows, bound
 from fewstep.distill.flow_maps.schedules import Constant, Schedule
 from fewstep.distill.flow_maps.velocity import Velocity, diagonal
-from fewstep.distill.tangent import Derivative, EndDerivative, PathDerivative
+from fewstep.distill.tangent import Derivative, EndDerivative, OneSidedDifference, PathDerivative
 from fewstep.flow import expand
 from fewstep.keys import Key
 
@@ -30,13 +31,15 @@ class Goal:
     output (None: the output itself). ``tangent`` is the derivative that was taken, for the diagnostics.
 
     ``share`` is the step of a discrete rule relative to the jump: deviations are divided by it, and their losses
-    multiplied, so that they go over into those of the Eulerian rule.
+    multiplied, so that they go over into those of the Eulerian rule. ``finish``, where it is given, makes the final
+    goal from the student's output on these rows, without gradient.
     """
 
     target: Tensor
     prediction: Tensor | None = None
     tangent: Tensor | None = None
     share: float = 1.0
+    finish: Callable[[Tensor], "Goal"] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,18 @@ class Eulerian:
     def __call__(self, net: nn.Module, rows: Rows, setting: Setting) -> Goal:
         assert setting.v is not None
         assert setting.derivative is not None
-        v = setting.v
+        v, derivative = setting.v, setting.derivative
         w = v if self.tangent is None else self.tangent(net, rows)
-        du_dt = setting.derivative(bound(net, rows), rows.x, w, rows.t, rows.r, rows.label)
-        k = self.factor(setting.done)
-        return Goal(v - k * expand(rows.t - rows.r, v) * du_dt, tangent=du_dt)
+        gap = self.factor(setting.done) * expand(rows.t - rows.r, v)
+        at = (rows.x, w, rows.t, rows.r, rows.label)
+
+        def goal(du_dt: Tensor) -> Goal:
+            return Goal(v - gap * du_dt, tangent=du_dt)
+
+        if isinstance(derivative, OneSidedDifference):
+            ahead = derivative.ahead(bound(net, rows), *at)
+            return Goal(v, finish=lambda u: goal(derivative.between(u, ahead)))
+        return goal(derivative(bound(net, rows), *at))
 
 
 MEANFLOW = Eulerian()
