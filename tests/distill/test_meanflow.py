@@ -9,49 +9,25 @@ import math
 import family
 import pytest
 import torch
+from family import GAUSSIAN, TEACHERS, ExactStudent, data, dyadic, gradients, random_batch, random_network
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
-from fewstep.data.toys import MIXTURE_1D, MixtureSpec
+from fewstep.data.toys import MIXTURE_1D
 from fewstep.distill.flow_maps.objective import FlowMapMatching
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import LossOutput
 from fewstep.distill.tangent import Derivative, Net, forward_derivative
 from fewstep.flow import VelocityField
 from fewstep.keys import Key
-from fewstep.networks.build import build_network
-from fewstep.networks.config import MLPConfig
 from fewstep.teachers.analytic import GaussianTeacher, MixtureTeacher
 from fewstep.times import Times, jump_rows, logit_normal, sample_times
 
-GAUSSIAN = GaussianTeacher(0.4, 0.6)
-LINE = MixtureTeacher.from_spec(MixtureSpec(weights=(0.3, 0.7), means=((-1.5,), (1.0,)), stds=(0.4, 0.25)))
-TEACHERS = pytest.mark.parametrize("teacher", [GAUSSIAN, LINE], ids=["gaussian", "mixture"])
 KEY = Key(3, step=5)
-
-
-def dyadic(u: Tensor) -> Tensor:
-    """Uniform on the odd multiples of 1/512: exact in float32, and so are their differences."""
-    return ((u * 256).floor() + 0.5) / 256
 
 
 def constant(time: float) -> Times:
     return lambda u: torch.full_like(u, time)
-
-
-class ExactStudent(nn.Module):
-    """``scale u(x, t, r) + shift`` with ``u`` exact at scale one and shift zero; remembers its last arguments."""
-
-    def __init__(self, teacher: GaussianTeacher | MixtureTeacher, scale: float = 1.0) -> None:
-        super().__init__()
-        self.teacher = teacher
-        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
-        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.seen: tuple[Tensor, ...] = ()
-
-    def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
-        self.seen = (x, t_B, r_B)
-        return self.scale * self.teacher.average_velocity(x, t_B, r_B, label_B) + self.shift
 
 
 def meanflow(
@@ -64,33 +40,6 @@ def meanflow(
     **weight: float,
 ) -> FlowMapMatching:
     return family.meanflow(student, velocity, times=times, jump_fraction=jump_fraction, derivative=derivative, **weight)
-
-
-def data(teacher: GaussianTeacher | MixtureTeacher, count: int) -> Batch:
-    index = torch.arange(count)
-    if isinstance(teacher, GaussianTeacher):
-        x = teacher.sample(Key(1), index, (1,))
-    else:
-        x = teacher.sample(Key(1), index)
-    return Batch(x.double(), None, index)
-
-
-def random_network(classes: int = 0) -> nn.Module:
-    """A two-time network in float64 whose every weight counts."""
-    net = build_network(MLPConfig(width=16, depth=2), (3,), classes, two_times=True).double()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in net.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return net
-
-
-def random_batch(count: int = 24, classes: int = 0) -> Batch:
-    x = torch.randn(count, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return Batch(x, torch.arange(count) % classes if classes else None, torch.arange(count))
-
-
-def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
 # --------------------------------------------------------------------------------------------- at the exact student
