@@ -8,6 +8,7 @@ Shapes: B samples, D coordinates (any ``[B, *D]`` is flattened inside), K compon
 precision; everything is computed in the dtype of ``x``, and at least in float32.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -265,8 +266,8 @@ def _like(value: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """``[B, *D] -> [B, D]``."""
-    return x.to(_precision(x)).reshape(len(x), -1)
+    """``[B, *D] -> [B, D]``, also of no rows."""
+    return x.to(_precision(x)).reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _column(t_B: Tensor, x: Tensor) -> Tensor:
