@@ -6,12 +6,16 @@ behind: what it gives is a target. A ``PathDerivative`` gives ``(u, du/dt)``, an
 label) -> (u, d_r u)`` of the end of the jump, both with a graph, for the rules whose gradient passes the derivative.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fewstep.distill.duals import cheap_duals
 
@@ -83,7 +87,7 @@ def path_derivative(
         with cheap_duals():
             return net(x, t, r_B, label_B)
 
-    with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+    with _twice_differentiable(x):
         both = torch.func.jvp(u, (x, t_B), (v, torch.ones_like(t_B)))
     return both[0], both[1]
 
@@ -109,7 +113,7 @@ def end_derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tenso
         with cheap_duals():
             return net(x, t_B, r, label_B)
 
-    with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+    with _twice_differentiable(x):
         both = torch.func.jvp(u, (r_B,), (torch.ones_like(r_B),))
     return both[0], both[1]
 
@@ -123,3 +127,47 @@ def end_difference(step: float) -> EndDerivative:
             return net(x, t_B, r_B, label_B), (ahead - behind) / (2 * step)
 
     return derivative
+
+
+@contextlib.contextmanager
+def _twice_differentiable(x: Tensor) -> Iterator[None]:
+    """In full precision, with operations whose forward derivative has a derivative itself, and the right one; and
+    uncompiled, because a compiled network has no forward derivative."""
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+        yield
+
+
+class _PlainLayerNorm(TorchFunctionMode):
+    """Layer normalisation from plain operations, whatever layer asks for it.
+
+    Torch's own gives the right forward derivative, and silently a wrong gradient of it: backward takes the mean and the
+    deviation that it had saved for constants. Its group and RMS normalisations are right.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.layer_norm or func is torch.layer_norm:
+            return layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """``torch.layer_norm``, its arguments included, from operations that can be differentiated again and again."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    offset = input - input.mean(dim=dims, keepdim=True)
+    normal = offset * torch.rsqrt(offset.square().mean(dim=dims, keepdim=True) + eps)
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
