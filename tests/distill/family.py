@@ -11,21 +11,29 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.data.toys import MixtureSpec
+from fewstep.distill.couplings import gaussian_noise
+from fewstep.distill.flow_maps.free_flow import FreeFlow
 from fewstep.distill.flow_maps.objective import FlowMapMatching
 from fewstep.distill.flow_maps.rules import Eulerian, Rule
+from fewstep.distill.flow_maps.trajectory import TrajectoryRegression
 from fewstep.distill.flow_maps.velocity import TeacherVelocity, Velocity, conditional
 from fewstep.distill.flow_maps.weights import AdaptivePower, plain
-from fewstep.distill.tangent import Derivative, forward_derivative
+from fewstep.distill.objective import Objective
+from fewstep.distill.tangent import Derivative, end_derivative, forward_derivative
 from fewstep.flow import VelocityField
 from fewstep.keys import Key
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
 from fewstep.teachers.analytic import GaussianTeacher, MixtureTeacher
-from fewstep.times import Pairs, Times, sorted_pairs, uniform
+from fewstep.times import Pairs, TimePairs, Times, sorted_pairs, uniform
 
 GAUSSIAN = GaussianTeacher(0.4, 0.6)
 LINE = MixtureTeacher.from_spec(MixtureSpec(weights=(0.3, 0.7), means=((-1.5,), (1.0,)), stds=(0.4, 0.25)))
 TEACHERS = pytest.mark.parametrize("teacher", [GAUSSIAN, LINE], ids=["gaussian", "mixture"])
+
+
+Exact = GaussianTeacher | MixtureTeacher
+KEY = Key(3, step=5)
 
 
 def dyadic(u: Tensor) -> Tensor:
@@ -36,7 +44,7 @@ def dyadic(u: Tensor) -> Tensor:
 class ExactStudent(nn.Module):
     """``scale u(x, t, r) + shift`` with ``u`` exact at scale one and shift zero; remembers its last arguments."""
 
-    def __init__(self, teacher: GaussianTeacher | MixtureTeacher, scale: float = 1.0) -> None:
+    def __init__(self, teacher: Exact, scale: float = 1.0) -> None:
         super().__init__()
         self.teacher = teacher
         self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
@@ -48,7 +56,7 @@ class ExactStudent(nn.Module):
         return self.scale * self.teacher.average_velocity(x, t_B, r_B, label_B) + self.shift
 
 
-def data(teacher: GaussianTeacher | MixtureTeacher, count: int) -> Batch:
+def data(teacher: Exact, count: int) -> Batch:
     index = torch.arange(count)
     if isinstance(teacher, GaussianTeacher):
         x = teacher.sample(Key(1), index, (1,))
@@ -72,7 +80,7 @@ def random_batch(count: int = 24, classes: int = 0) -> Batch:
 
 
 def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(net.parameters())))
+    return list(torch.autograd.grad(loss, list(net.parameters()), retain_graph=True))
 
 
 def matching(
@@ -95,6 +103,49 @@ def matching(
         derivative=derivative,
         **rest,
     )
+
+
+def double_noise(batch: Batch, key: Key) -> Tensor:
+    return gaussian_noise(batch, key).double()
+
+
+def free_flow(student: nn.Module, teacher: Exact, *, correction: float = 0.0, **changes: object) -> FreeFlow:
+    settings = {"ends": dyadic, "derivative": end_derivative, "renoise": dyadic, "noise": double_noise, **changes}
+    return FreeFlow(student, teacher=teacher, correction=correction, **settings)
+
+
+class ExactTrajectories(TrajectoryRegression):
+    """With a solver that makes no error."""
+
+    def solve(self, e: Tensor, times_GN: Tensor, label: Tensor | None) -> Tensor:
+        one = torch.ones(len(e))
+        return torch.stack([self.teacher.flow_map(e, one, t, label) for t in times_GN.unbind(1)], dim=1)
+
+
+def double_pairs(key: Key, index: Tensor, jump: Tensor) -> TimePairs:
+    """The same times in float64, in which a network also embeds them."""
+    pairs = sorted_pairs(dyadic)(key, index, jump)
+    return TimePairs(pairs.t.double(), pairs.r.double())
+
+
+def deltas(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The deviations that the objective weighs, with graph, and the states and times they belong to."""
+    caught: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def weight(delta: Tensor, t_B: Tensor, r_B: Tensor) -> Tensor:
+        caught.append((delta, t_B, r_B))
+        return delta.flatten(1).square().mean(dim=1)
+
+    objective.weight = weight
+    objective(batch, KEY)
+    ((delta, t, r),) = caught
+    if isinstance(objective, FlowMapMatching):
+        return delta, objective.rows(batch, KEY)[0].x, t, r
+    return delta, objective.student.seen[0], t, r
+
+
+def root(delta: Tensor) -> float:
+    return float(delta.detach().square().mean().sqrt())
 
 
 def meanflow(
