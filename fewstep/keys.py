@@ -34,13 +34,14 @@ class Key:
     def normal(self, purpose: str, index_B: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """Standard normal numbers ``[B, *shape]``, float32, row ``b`` belonging to sample ``index_B[b]`` alone."""
         count = math.prod(shape)
-        words = self._words(purpose, index_B, count + count % 2)
-        u1, u2 = words.reshape(len(index_B), -1, 2).to(torch.float64).add_(0.5).mul_(2.0**-32).unbind(-1)
+        even = count + count % 2
+        words = self._words(purpose, index_B, even)
+        u1, u2 = words.reshape(len(index_B), even // 2, 2).to(torch.float64).add_(0.5).mul_(2.0**-32).unbind(-1)
         # Box-Muller in float64: u1 is never 0, and the tails reach 6.8 standard deviations.
         radius = u1.log_().mul_(-2.0).sqrt_()
         angle = u2.mul_(2 * math.pi)
         pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return pairs.reshape(len(index_B), -1)[:, :count].reshape(-1, *shape).to(torch.float32)
+        return pairs.reshape(len(index_B), even)[:, :count].reshape(-1, *shape).to(torch.float32)
 
     def uniform(self, purpose: str, index_B: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform numbers on the open interval (0, 1), ``[B, *shape]``, float64."""
@@ -80,7 +81,7 @@ class Key:
             words = torch.from_numpy(np.stack(philox(tuple(counter.numpy()), key), axis=-1))
         else:
             words = torch.stack(philox(counter.unbind(0), key), dim=-1)
-        return words.reshape(len(index_B), -1)[:, :count]
+        return words.reshape(len(index_B), 4 * blocks)[:, :count]
 
 
 A = TypeVar("A", Tensor, np.ndarray)

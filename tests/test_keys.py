@@ -183,3 +183,11 @@ def test_permutations_sort_by_the_uniform_numbers_of_their_steps() -> None:
         assert torch.equal(order, Key(3, 7 + k).uniform("shuffle", index).argsort(stable=True))
         assert torch.equal(order, Key(3, 7 + k).permutations("shuffle", 50, 1, torch.device("cpu"))[0])
     assert not torch.equal(together[0], Key(4, 7).permutations("shuffle", 50, 1, torch.device("cpu"))[0])
+
+
+def test_no_samples_draw_nothing() -> None:
+    """A microbatch may hold none of the rows that draw."""
+    none = torch.arange(0)
+    for shape in ((), (3,), (2, 5)):
+        assert Key(1).normal("noise", none, shape).shape == (0, *shape)
+        assert Key(1).uniform("time", none, shape).shape == (0, *shape)
