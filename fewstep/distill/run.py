@@ -27,6 +27,7 @@ from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.averages import keep_snapshot
 from fewstep.distill.export import export, noise_config
+from fewstep.distill.flow_maps.config import FlowMapBlock, TrajectoryConfig
 from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
 from fewstep.distill.shards import gathered
@@ -180,7 +181,7 @@ def check_training(
 
 
 def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> None:
-    """Pairs are made within groups of samples: every microbatch has to hold whole ones."""
+    """Pairs are made within groups of samples, and a trajectory serves one: every microbatch has to hold whole ones."""
     noise = noise_config(config, teacher)
     contrast = config.objective.contrast if config.objective.kind == "flow_matching" else 0.0
     size = config.train.batch_size // shares
@@ -188,6 +189,15 @@ def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> No
         raise UsageError(
             f"a microbatch of {size} samples does not hold whole groups of {noise.group_size}: change train.batch_size"
             + (" or objective.noise.group_size" if config.objective.kind == "flow_matching" else "")
+        )
+    objective = config.objective
+    warm = objective.warm_start if isinstance(objective, FlowMapBlock) else None
+    solved = objective if isinstance(objective, TrajectoryConfig) else warm
+    if solved is not None and size % solved.nodes:
+        place = "objective.nodes" if warm is None else "objective.warm_start.nodes"
+        raise UsageError(
+            f"a microbatch of {size} samples does not hold whole trajectories of {solved.nodes}: change "
+            f"train.batch_size or {place}"
         )
     if noise.coupling.kind != "independent" and config.objective.kind == "consistency":
         say("warning: the teacher pairs noise with data, so re-noising (more than 1 step) leaves its flow")

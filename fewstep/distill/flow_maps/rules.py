@@ -31,8 +31,8 @@ class Goal:
     output (None: the output itself). ``tangent`` is the derivative that was taken, for the diagnostics.
 
     ``share`` is the step of a discrete rule relative to the jump: deviations are divided by it, and their losses
-    multiplied, so that they go over into those of the Eulerian rule. ``finish``, where it is given, makes the final
-    goal from the student's output on these rows, without gradient.
+    multiplied, so that deviations and gradients go over into those of the Eulerian rule. ``finish``, where it is given,
+    makes the final goal from the student's output on these rows, without gradient.
     """
 
     target: Tensor
