@@ -1,6 +1,8 @@
 """Tiny training runs on the shipped digits, shared by the tests of the trainer and of the golden losses."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, get_args
 
 import family
 import torch
@@ -12,6 +14,9 @@ from fewstep.data.dataset import BatchSource
 from fewstep.data.load import digits
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.consistency import ConsistencyDistillation
+from fewstep.distill.couplings import gaussian_noise
+from fewstep.distill.flow_maps.config import FlowMapConfig
+from fewstep.distill.flow_maps.methods import Given, objective_of
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveStage, SolverMap
@@ -20,6 +25,7 @@ from fewstep.flow import VelocityField
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
 from fewstep.teachers.guided import guided
+from fewstep.teachers.load import Teacher
 from fewstep.teachers.network import NetworkField, freeze
 from fewstep.times import logit_normal
 
@@ -79,12 +85,39 @@ def consistency() -> Objective:
     )
 
 
+KINDS = {config.model_fields["kind"].default: config for config in get_args(FlowMapConfig)}
+"""The configs of the flow-map family."""
+
+
+def flow_map(kind: str, **settings: Any) -> Objective:
+    """A method of the flow-map family from its config, over a training of twenty steps."""
+    teacher = Teacher("random", teacher_field(), None, None, 1.5, "", 0)
+    given = Given(student(), teacher, gaussian_noise, 10, guidance_input=False, done=lambda step: step / 20)
+    return objective_of(KINDS[kind].model_validate({"kind": kind, **settings}), given)
+
+
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "flow_matching": flow_matching,
     "meanflow": meanflow,
     "meanflow_from_data": meanflow_from_data,
     "progressive": progressive,
     "consistency": consistency,
+    "improved_meanflow": partial(flow_map, "improved_meanflow"),
+    "modular_meanflow": partial(flow_map, "modular_meanflow"),
+    "alpha_flow": partial(flow_map, "alpha_flow"),
+    "soflow": partial(flow_map, "soflow"),
+    "split_meanflow": partial(flow_map, "split_meanflow"),
+    "shortcut": partial(flow_map, "shortcut", jump_fraction=0.5),
+    "terminal_velocity": partial(flow_map, "terminal_velocity"),
+    "align_your_flow": partial(flow_map, "align_your_flow"),
+    "align_your_flow_lagrangian": partial(
+        flow_map, "align_your_flow", identity="lagrangian", jump_fraction=0.5, weight={"kind": "none"}
+    ),
+    "free_flow": partial(flow_map, "free_flow"),
+    "trajectory": partial(flow_map, "trajectory", nodes=4),
+    "guided_and_weighted": partial(
+        flow_map, "meanflow", velocity="data", guidance={"scale": 2.0}, weight={"kind": "cauchy"}
+    ),
 }
 
 
