@@ -50,7 +50,20 @@ def teaching() -> Objective:
     )
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {**tiny.OBJECTIVES, "teaching": teaching}
+ALIKE = (
+    "improved_meanflow",
+    "soflow",
+    "split_meanflow",
+    "align_your_flow",
+    "align_your_flow_lagrangian",
+    "trajectory",
+)
+"""Nothing in these that the others do not have: each rule is there once, a target network, one more network that is
+trained, and a weight that learns."""
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    **{name: build for name, build in tiny.OBJECTIVES.items() if name not in ALIKE},
+    "teaching": teaching,
+}
 
 
 def settings(parallel: str = "ddp", **changes: object) -> TrainConfig:

@@ -51,6 +51,18 @@ def test_the_compiled_objective_trains_as_the_eager_one() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("name", ["terminal_velocity", "free_flow"])
+def test_a_gradient_that_passes_the_derivative_stays_uncompiled(name: str) -> None:
+    """A compiled network has no forward derivative of its own: what is not compiled as a whole runs eagerly."""
+    wanted = [state.loss for state in tiny.run(tiny.OBJECTIVES[name](), 3)]
+    objective = tiny.OBJECTIVES[name]()
+    compile_objective(
+        objective, BatchSource(digits(), 32, tiny.SEED, device=torch.device("cpu")).batch(0), backend=BACKEND
+    )
+    found = [state.loss for state in tiny.run(objective, 3)]
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_an_objective_without_a_derivative() -> None:
     objective = tiny.progressive()
     torch._dynamo.utils.counters.clear()

@@ -123,7 +123,7 @@ def accumulated(objective: Objective, parts: int) -> tuple[list[float], list[flo
 
 
 def partitions() -> list[tuple[str, int]]:
-    """Down to a single sample for every objective, or to a whole trajectory of four; for some in other parts as well."""
+    """Down to a single sample for every objective, or to a whole trajectory of four; for some in other parts too."""
     finest = [(name, 8 if name == "trajectory" else 32) for name in tiny.OBJECTIVES]
     return [*finest, *((name, parts) for name in ("flow_matching", "meanflow", "consistency") for parts in (2, 8))]
 
