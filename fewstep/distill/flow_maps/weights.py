@@ -85,7 +85,11 @@ class Likelihood(nn.Module):
 
 
 class Cauchy(nn.Module):
-    """``log(e^-lv ||Delta||^2 / D + c) + lv`` (Lee et al. 2510.24474): as ``Likelihood``, with outliers bounded."""
+    """``log(e^-lv ||Delta||^2 / D + c) + lv`` (Lee et al. 2510.24474), outliers bounded.
+
+    The same as ``log(||Delta||^2 / D + c e^lv)``, which rises with ``lv`` whatever the deviation: as published, ``lv``
+    finds no variance but drifts down, and the weight goes over into an adaptive one of power one.
+    """
 
     def __init__(self, offset: float) -> None:
         super().__init__()
