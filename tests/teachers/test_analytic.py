@@ -463,3 +463,11 @@ def test_refusals() -> None:
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("teacher", [GaussianTeacher(0.4, 0.6), MixtureTeacher.from_spec(MIXTURE_1D)])
+def test_no_states_have_no_velocities(teacher: GaussianTeacher | MixtureTeacher) -> None:
+    """As where none of the rows of a microbatch asks for one."""
+    none, t = torch.empty(0, 1), torch.empty(0)
+    assert teacher(none, t, torch.empty(0, dtype=torch.int64)).shape == (0, 1)
+    assert teacher.average_velocity(none, t, t).shape == (0, 1)
