@@ -121,7 +121,9 @@ def gap_pairs(gap: Times, end: Times) -> Pairs:
 
 def _gap_pairs(key: Key, index_B: Tensor, jump_B: Tensor, gap: Times, end: Times) -> TimePairs:
     length = gap(key.uniform("time", index_B))
-    r = end(key.uniform("second_time", index_B) * distribution(end, 1 - length))
+    room = 1 - length
+    r = end(key.uniform("second_time", index_B) * distribution(end, room))
+    r = torch.minimum(r, room).clamp(min=0)  # by rounding alone it would leave [0, room]
     t = (r + length).clamp(max=1).float()
     return TimePairs(t, torch.where(jump_B, torch.minimum(r.float(), t), t))
 
@@ -151,13 +153,14 @@ def _with_diagonal(key: Key, index_B: Tensor, jump_B: Tensor, pairs: Pairs, diag
 
 
 def distribution(times: Times, t_B: Tensor) -> Tensor:
-    """The distribution function at ``t [B]``, by halving: any distribution is known by its inverse. To 2^-60."""
-    low, high = torch.zeros_like(t_B), torch.ones_like(t_B)
+    """The distribution function at ``t [B]``, by halving its logarithm: any distribution is known by its inverse. To
+    1e-15 relative to its value, down to 1e-300: in a tail, what is drawn below ``t`` still has its digits."""
+    low, high = torch.full_like(t_B, -690.0), torch.zeros_like(t_B)
     for _ in range(60):
         middle = (low + high) / 2
-        below = times(middle) <= t_B
+        below = times(middle.exp()) <= t_B
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    return ((low + high) / 2).exp()
 
 
 def jump_rows(index_B: Tensor, fraction: float) -> Tensor:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fewstep.keys import Key
 from fewstep.times import (
+    Pairs,
+    TimePairs,
     Times,
+    clipped_pairs,
+    distribution,
+    dyadic_pairs,
+    gap_pairs,
     jump_rows,
     logit_normal,
     sample_times,
@@ -20,8 +26,10 @@ from fewstep.times import (
     truncated_log_normal,
     u_shaped,
     uniform,
+    with_diagonal,
 )
 
+KEY = Key(3)
 N = 100_000
 ROUNDING = 1e-12
 
@@ -239,3 +247,201 @@ def test_jumps_do_not_depend_on_the_number_of_processes(world: int) -> None:
     assert {int(share.sum()) for share in shares} == {16 // world}
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(jump_rows(index[order], 0.25), jump_rows(index, 0.25)[order])
+
+
+# Pairs of other kinds ------------------------------------------------------------------------------------------------
+
+
+class Given:
+    """A key whose uniform numbers are those of a table, by purpose."""
+
+    def __init__(self, **numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    def uniform(self, purpose: str, index_B: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+        return self.numbers[purpose]
+
+
+def all_jump(pairs: Pairs, key: Key = KEY) -> TimePairs:
+    return pairs(key, torch.arange(N), torch.ones(N, dtype=torch.bool))
+
+
+def normal_distribution(t: Tensor, mean: float, std: float) -> np.ndarray:
+    """Of ``logit t``."""
+    return torch.special.ndtr((torch.logit(t.double()) - mean) / std).numpy()
+
+
+KINDS: dict[str, Pairs] = {
+    "sorted": sorted_pairs(logit_normal(0.2, 0.8), logit_normal(-1.0, 0.8)),
+    "clipped": clipped_pairs(logit_normal(-0.6, 1.6), logit_normal(-4.0, 1.6)),
+    "gap": gap_pairs(logit_normal(-0.8, 1.0), logit_normal(-0.4, 1.0)),
+    "dyadic": dyadic_pairs(7),
+    "with diagonal": with_diagonal(sorted_pairs(uniform), logit_normal(-0.2, 1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pairs_is_in_order_and_keyed(kind: str) -> None:
+    """``0 <= r <= t <= 1`` in float32; off the jumps ``r = t`` to the bit; a row's pair is its own."""
+    index = torch.arange(4000)
+    jump = jump_rows(index, 0.3)
+    pairs = KINDS[kind](Key(5, 1), index, jump)
+    assert pairs.t.dtype == pairs.r.dtype == torch.float32
+    assert ((pairs.r >= 0) & (pairs.r <= pairs.t) & (pairs.t <= 1)).all()
+    assert torch.equal(pairs.r[~jump], pairs.t[~jump])
+    assert float((pairs.r < pairs.t)[jump].double().mean()) > (0.9 if kind == "clipped" else 0.999)
+    some = torch.tensor([17, 3, 2500])
+    part = KINDS[kind](Key(5, 1), some, jump[some])
+    assert torch.equal(part.t, pairs.t[some])
+    assert torch.equal(part.r, pairs.r[some])
+    for other in (Key(6, 1), Key(5, 2)):
+        assert float((KINDS[kind](other, index, jump).t != pairs.t).double().mean()) > 0.8
+
+
+def test_two_distributions_sorted() -> None:
+    """``P(t <= a) = F(a) G(a)`` and ``P(r > a) = (1 - F(a)) (1 - G(a))``, at 0.1 %; with one distribution they would be
+    others."""
+    pairs = all_jump(KINDS["sorted"])
+    for t, of in ((pairs.t, "largest"), (pairs.r, "smallest")):
+        F, G = normal_distribution(t, 0.2, 0.8), normal_distribution(t, -1.0, 0.8)
+        wanted = F * G if of == "largest" else 1 - (1 - F) * (1 - G)
+        assert scipy.stats.kstest(wanted, "uniform").statistic < KS_BOUND
+        assert scipy.stats.kstest(F**2 if of == "largest" else 1 - (1 - F) ** 2, "uniform").statistic > 0.1
+
+
+def test_clipped_pairs_are_two_draws_and_the_second_cut_off() -> None:
+    """``t`` is the first draw, with a jump or without; ``r`` is the second one where that is smaller, else ``t``."""
+    start, end = logit_normal(-0.6, 1.6), logit_normal(-4.0, 1.6)
+    index = torch.arange(N)
+    jump = jump_rows(index, 0.75)
+    pairs = clipped_pairs(start, end)(KEY, index, jump)
+    t, second = sample_times(start, KEY, "time", index), sample_times(end, KEY, "second_time", index)
+    assert torch.equal(pairs.t, t)
+    assert torch.equal(pairs.r[jump], torch.minimum(t, second)[jump])
+    cut = float((second > t)[jump].double().mean())
+    # Two normals 3.4 apart of standard deviation 1.6 each.
+    expected = scipy.stats.norm.sf(3.4 / (1.6 * math.sqrt(2)))
+    assert cut == pytest.approx(expected, abs=4 * math.sqrt(expected / int(jump.sum())))
+    for part in (pairs.t[jump], pairs.t[~jump]):
+        u = normal_distribution(part, -0.6, 1.6)
+        assert scipy.stats.kstest(u, "uniform").statistic < 1.95 / math.sqrt(len(part))
+
+
+def test_gaps_have_the_distribution_asked_for() -> None:
+    """Exactly that, whatever ``r``; and given the gap ``l`` the end has ``F(r) / F(1 - l)`` uniform and independent of
+    it. (Sorted or clipped draws would cut long gaps short.)"""
+    pairs = all_jump(KINDS["gap"])
+    gap = pairs.t.double() - pairs.r.double()
+    of_gap = normal_distribution(gap, -0.8, 1.0)
+    assert scipy.stats.kstest(of_gap, "uniform").statistic < KS_BOUND
+    conditional = normal_distribution(pairs.r, -0.4, 1.0) / normal_distribution(1 - gap, -0.4, 1.0)
+    assert scipy.stats.kstest(conditional, "uniform").statistic < KS_BOUND
+    assert abs(np.corrcoef(conditional, of_gap)[0, 1]) < 4 / math.sqrt(N)
+    for low, high in ((0.0, 0.1), (0.9, 1.0)):  # also among the shortest and the longest
+        some = conditional[(of_gap > low) & (of_gap <= high)]
+        assert scipy.stats.kstest(some, "uniform").statistic < 1.95 / math.sqrt(len(some))
+    # Where r would be drawn without regard to the gap it is another one.
+    assert scipy.stats.kstest(normal_distribution(pairs.r, -0.4, 1.0), "uniform").statistic > 0.1
+
+
+@pytest.mark.parametrize(
+    "end", [uniform, logit_normal(-0.4, 1.0), logit_normal(3.0, 0.5), u_shaped(4.0)], ids=["uniform", "a", "b", "u"]
+)
+@pytest.mark.parametrize(
+    "gap", [uniform, logit_normal(-0.8, 1.0), logit_normal(4.0, 2.0), u_shaped(20.0)], ids=["uniform", "a", "b", "u"]
+)
+def test_gaps_stay_inside_at_any_uniforms(gap: Times, end: Times) -> None:
+    """``r >= 0``, ``t <= 1``, and the gap is the drawn one to the rounding of float32, with both uniforms at their
+    ends: where ``r`` has next to no room as well."""
+    first, second = (part.flatten() for part in torch.meshgrid(U, U[::50], indexing="ij"))
+    key = Given(time=first, second_time=second)
+    jump = torch.ones(len(first), dtype=torch.bool)
+    pairs = gap_pairs(gap, end)(key, torch.arange(len(first)), jump)  # type: ignore[arg-type]
+    assert pairs.t.isfinite().all()
+    assert ((pairs.r >= 0) & (pairs.r <= pairs.t) & (pairs.t <= 1)).all()
+    torch.testing.assert_close(pairs.t.double() - pairs.r.double(), gap(first), rtol=0, atol=1.2e-7)
+    still = gap_pairs(gap, end)(key, torch.arange(len(first)), ~jump)  # type: ignore[arg-type]
+    assert torch.equal(still.t, pairs.t)
+    assert torch.equal(still.r, pairs.t)
+
+
+@pytest.mark.parametrize("levels", [1, 4, 7, 20])
+def test_dyadic_steps(levels: int) -> None:
+    """Lengths ``2^-k`` equally often (chi-square at 0.1 %), ``t`` any multiple of its length up to 1, equally often,
+    and ``r = t - d``: all exact in float32, powers of two being so."""
+    pairs = all_jump(dyadic_pairs(levels))
+    d = pairs.t - pairs.r
+    level = -d.log2()
+    assert torch.equal(level, level.round())
+    assert torch.equal(pairs.r + d, pairs.t)
+    multiple = pairs.t.double() / d.double()
+    assert torch.equal(multiple, multiple.round())
+    assert (multiple >= 1).all()
+    assert (pairs.t <= 1).all()
+    counts = torch.bincount(level.long(), minlength=levels)
+    assert len(counts) == levels
+    expected = N / levels
+    assert float(((counts - expected) ** 2 / expected).sum()) <= scipy.stats.chi2.isf(1e-3, max(levels - 1, 1))
+    for k in range(min(levels, 4)):
+        places = torch.bincount(multiple[level == k].long() - 1, minlength=2**k)
+        assert len(places) == 2**k
+        expected = float(places.sum()) / 2**k
+        assert float(((places - expected) ** 2 / expected).sum()) <= scipy.stats.chi2.isf(1e-3, max(2**k - 1, 1))
+
+
+def test_dyadic_rows_that_do_not_jump_are_uniform() -> None:
+    still = dyadic_pairs(7)(KEY, torch.arange(N), torch.zeros(N, dtype=torch.bool))
+    assert torch.equal(still.t, still.r)
+    assert scipy.stats.kstest(still.t.numpy(), "uniform").statistic < KS_BOUND
+    ends = Given(level=U, time=U.flip(0))
+    pairs = dyadic_pairs(7)(ends, torch.arange(len(U)), torch.ones(len(U), dtype=torch.bool))  # type: ignore[arg-type]
+    assert ((pairs.r >= 0) & (pairs.t <= 1) & (pairs.t - pairs.r >= 2**-6)).all()
+
+
+def test_a_distribution_of_their_own_for_times_without_a_jump() -> None:
+    """Jumps are those of the pairs; the others have the other distribution, also where they would have jumped."""
+    index = torch.arange(N)
+    jump = jump_rows(index, 0.25)
+    base, diagonal = sorted_pairs(uniform), logit_normal(-0.2, 1.0)
+    pairs = with_diagonal(base, diagonal)(KEY, index, jump)
+    jumps = base(KEY, index, jump)
+    assert torch.equal(pairs.t[jump], jumps.t[jump])
+    assert torch.equal(pairs.r[jump], jumps.r[jump])
+    assert torch.equal(pairs.t[~jump], sample_times(diagonal, KEY, "diagonal_time", index)[~jump])
+    u = normal_distribution(pairs.t[~jump], -0.2, 1.0)
+    assert scipy.stats.kstest(u, "uniform").statistic < 1.95 / math.sqrt(len(u))
+    assert abs(np.corrcoef(u, jumps.t[~jump].numpy())[0, 1]) < 4 / math.sqrt(len(u))
+
+
+ALL_TIMES: dict[str, Times] = {
+    "uniform": uniform,
+    "logit_normal": logit_normal(-0.4, 1.0),
+    "narrow": logit_normal(2.0, 0.1),
+    "truncated": truncated_log_normal(-1.2, 1.2, 0.002, 80.0),
+    "u_shaped": u_shaped(4.0),
+    "shifted": shifted(logit_normal(0.0, 1.0), 3.0),
+}
+
+
+@pytest.mark.parametrize("name", ALL_TIMES)
+def test_distribution_is_the_inverse_of_every_times(name: str) -> None:
+    """``F(times(u)) = u`` to 1e-9, and 0 and 1 outside of the range."""
+    times = ALL_TIMES[name]
+    torch.testing.assert_close(distribution(times, times(U)), U, rtol=0, atol=1e-9)
+    ends = distribution(times, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-15)
+    if name == "truncated":
+        beyond = torch.tensor([0.001, 0.99], dtype=torch.float64)
+        torch.testing.assert_close(distribution(times, beyond), torch.tensor([0.0, 1.0]).double(), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("deviations", [-35.0, -20.0, -9.0])
+def test_distribution_keeps_its_digits_in_a_tail(deviations: float) -> None:
+    """To 1e-10 of values from 1e-19 to 1e-268, against scipy's: a jump that leaves its end next to no room still has a
+    distribution of ends there, and not one of them at the limit."""
+    t = torch.sigmoid(torch.tensor([-0.4 + deviations], dtype=torch.float64))
+    found = distribution(logit_normal(-0.4, 1.0), t)
+    assert float(found) == pytest.approx(scipy.stats.norm.cdf(deviations), rel=1e-10)
+    r = logit_normal(-0.4, 1.0)(U * found)
+    assert (r <= t * (1 + 1e-12)).all()
+    assert (r[1:] > r[:-1]).all()
