@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the affine combination, its ends, its cost, and what it refuses. Networks as fields."""
+"""Guidance of teachers: the affine combination, its ends, its cost, and what it refuses. Networks as fields."""
 
 import oracle
 import pytest
@@ -11,7 +11,7 @@ from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
 from fewstep.sampling import sample_ode
 from fewstep.teachers.analytic import GaussianTeacher, MixtureTeacher
-from fewstep.teachers.guided import GuidedField, guided
+from fewstep.teachers.guided import ClassContrast, GuidedField, WeakContrast, guided
 from fewstep.teachers.network import NetworkField, freeze
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -128,3 +128,40 @@ def test_a_network_is_a_field_on_its_diagonal() -> None:
     for other in (net(x, t, 0 * t, label), net(x, t, t)):
         assert (v - other).abs().max() > 1e-2
     assert NetworkField(net).nfe == 1
+
+
+# Away from a weaker field --------------------------------------------------------------------------------------------
+
+
+class Noted:
+    """A field of known cost that keeps its labels."""
+
+    def __init__(self, gain: float, nfe: int) -> None:
+        self.gain, self.nfe = gain, nfe
+        self.labels: list[Tensor | None] = []
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        self.labels.append(label_B)
+        return self.gain * x + t_B[:, None]
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_guidance_away_from_a_weaker_field(w: float) -> None:
+    """``v_weak + w (v - v_weak)``: both under the same label, or none."""
+    x, t, label = points()
+    strong, weak = Noted(2.0, nfe=1), Noted(-1.0, nfe=3)
+    field: VelocityField = GuidedField(WeakContrast(strong, weak), w)
+    torch.testing.assert_close(field(x, t, label), (3 * w - 1) * x + t[:, None], **EXACT)
+    torch.testing.assert_close(field(x, t), (3 * w - 1) * x + t[:, None], **EXACT)
+    for one in (strong, weak):
+        assert one.labels[0] is label
+        assert one.labels[1] is None
+    assert field.nfe == 4
+
+
+def test_each_contrast_counts_its_evaluations() -> None:
+    assert ClassContrast(Noted(1.0, nfe=3), NULL).nfe == 6
+    assert WeakContrast(Noted(1.0, nfe=4), Noted(1.0, nfe=5)).nfe == 9
+    x, _, label = points()
+    nested = GuidedField(WeakContrast(guided(CLASSES, 2.0, NULL), CLASSES), 1.5)
+    assert sample_ode(nested, x, torch.tensor([1.0, 0.5, 0.0]), label).nfe == 6
