@@ -70,8 +70,9 @@ class RunConfig(Block):
         needs_teacher = kind != "flow_matching" and (warm or not from_data)
         if needs_teacher and self.teacher is None:
             raise ValueError(f"objective {kind} needs a teacher block")
-        if kind == "progressive" and self.train.ema_snapshot_every:
-            raise ValueError("train.ema_snapshot_every has no meaning over the stages of objective progressive")
+        if (kind == "progressive" or warm) and self.train.ema_snapshot_every:
+            staged = "a warm start" if warm else "objective progressive"
+            raise ValueError(f"train.ema_snapshot_every has no meaning over the stages of {staged}")
         if kind == "flow_matching" and self.teacher is not None:
             raise ValueError("objective flow_matching trains a teacher and takes no teacher block")
         if from_data and not warm and self.teacher is not None and self.teacher.guidance != 1:
@@ -276,13 +277,14 @@ def _locate(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str
     """A fault's dotted path as the user wrote it (union tags removed), and the block it lies in."""
     block = root
     path: list[str] = []
+    last_tagged = 0  # a tag follows its field at once: what comes after it is a key, though it be called like a tag
     for part in location:
         found = _block_of(block, str(part))
         if found is not None:
             block = found
             path.append(str(part))
-        elif (tagged := _TAGGED.get((_field(path), str(part)))) is not None:
-            block = tagged
+        elif len(path) > last_tagged and (tagged := _TAGGED.get((_field(path), str(part)))) is not None:
+            block, last_tagged = tagged, len(path)
         else:
             path.append(str(part))
     return ".".join(path), block

@@ -160,6 +160,49 @@ OVERRIDES = {
         ["student.early_layers", "less than 1", "got 1"],
     ),
     "early layers by gap": ("student.early_layers=0.5", ["student: ", "early_layers", "second_time layers"]),
+    # The flow-map family.
+    "a misspelt method": ("objective.kind=alphaflow", ["objective.kind", "did you mean 'alpha_flow'?"]),
+    "a misspelt weight": ("objective.weight.kind=hubr", ["objective.weight.kind", "did you mean 'huber'?"]),
+    "a misspelt weight in a block": (
+        "objective.weight={kind: logvariance}",
+        ["objective.weight.kind", "did you mean 'log_variance'?"],
+    ),
+    "a setting of another weight": (
+        "objective.weight={kind: huber, power: 1}",
+        ["objective.weight.power", "unknown key", "scale"],
+    ),
+    "a power beyond 2": ("objective.weight={kind: power, power: 3}", ["objective.weight.power", "2", "3"]),
+    "misspelt pairs": ("objective.times={kind: gaps}", ["objective.times.kind", "did you mean 'gap'?"]),
+    "a setting two blocks down": (
+        "objective.times={kind: gap, gap: {kind: logit_normal, meen: 1}}",
+        ["objective.times.gap.meen", "did you mean 'mean'?"],
+    ),
+    "an empty window": ("objective.guidance={low: 0.8, high: 0.2}", ["objective.guidance", "[0.8, 0.2]", "empty"]),
+    "a window beyond 1": ("objective.guidance={high: 1.5}", ["objective.guidance.high", "1.5"]),
+    "no scale": ("objective.guidance={scale: 0}", ["objective.guidance.scale", "0"]),
+    "a mix of 1": ("objective.guidance={mix: 1}", ["objective.guidance.mix", "1"]),
+    "scales without an input for them": (
+        "objective.guidance={largest: 8}",
+        ["objective.guidance.largest", "student.guidance_input true"],
+    ),
+    "no scales to draw from": (
+        "objective.guidance={scale: 3, largest: 3}",
+        ["objective.guidance", "largest 3", "not above scale 3"],
+    ),
+    "an input without guidance": ("student.guidance_input=true", ["student.guidance_input", "objective.guidance"]),
+    "an alpha that ends before it begins": (
+        "objective={kind: alpha_flow, begin: 0.5, end: 0.5}",
+        ["objective", "begin 0.5", "not before end 0.5"],
+    ),
+    "a warm start of nothing": ("objective.warm_start={steps: 0}", ["objective.warm_start.steps", "0"]),
+    "a warm start without a length": ("objective.warm_start={nodes: 4}", ["objective.warm_start.steps", "required"]),
+    "a trajectory of one node": ("objective={kind: trajectory, nodes: 1}", ["objective.nodes", "2", "1"]),
+    "a warm start of a warm start": (
+        "objective={kind: trajectory, warm_start: {steps: 2}}",
+        ["objective.warm_start"],
+    ),
+    "flow from data alone": ("objective={kind: align_your_flow, velocity: data}", ["objective.velocity", "'teacher'"]),
+    "an unknown solver": ("objective={kind: trajectory, solver: rk4}", ["objective.solver", "'heun'", "'rk4'"]),
 }
 
 TEACHERS = {
@@ -227,6 +270,38 @@ FILES = {
         + "train: {steps: 1, ema: [{kind: power}, {kind: power, relative_std: 0.05}], ema_snapshot_every: 2}\n",
         ["train.ema_snapshot_every", "stages"],
     ),
+    "snapshots after a warm start": (
+        TOY.replace("kind: meanflow", "kind: meanflow, warm_start: {steps: 1}")
+        + "train: {steps: 2, ema: [{kind: power}, {kind: power, relative_std: 0.05}], ema_snapshot_every: 2}\n",
+        ["train.ema_snapshot_every", "stages", "warm start"],
+    ),
+    "two guides": (
+        TOY.replace("kind: analytic", "kind: analytic, guidance: 2").replace(
+            "kind: meanflow", "kind: meanflow, guidance: {scale: 2}"
+        ),
+        ["objective.guidance and teacher.guidance exclude each other"],
+    ),
+    "guidance as input of a method without it": (
+        TOY.replace("kind: average_velocity", "guidance_input: true, kind: average_velocity").replace(
+            "meanflow", "free_flow"
+        ),
+        ["student.guidance_input", "not free_flow"],
+    ),
+    **{
+        f"{kind} without teacher": (
+            TOY.replace("teacher: {kind: analytic}\n", "").replace("kind: meanflow", f"kind: {kind}"),
+            [f"objective {kind.partition(',')[0]} needs a teacher"],
+        )
+        for kind in (
+            "split_meanflow",
+            "align_your_flow",
+            "free_flow",
+            "trajectory",
+            "terminal_velocity, velocity: teacher",
+            "shortcut, velocity: teacher",
+            "meanflow, velocity: data, warm_start: {steps: 1}",
+        )
+    },
     "a teacher of a teacher": (
         TOY.replace("meanflow", "flow_matching").replace("average_velocity", "velocity"),
         ["flow_matching", "takes no teacher"],
@@ -270,6 +345,12 @@ def test_the_first_fault_reported_is_the_unknown_key(toy: Path) -> None:
     toy.write_text(TOY.replace("init: scratch", "innit: scratch"))
     with pytest.raises(UsageError, match=r"student\.innit.*did you mean 'init'"):
         load_config(str(toy))
+
+
+@pytest.mark.parametrize("kind", ["improved_meanflow", "modular_meanflow", "alpha_flow", "soflow", "shortcut"])
+def test_a_method_of_data_needs_no_teacher(kind: str, toy: Path) -> None:
+    toy.write_text(TOY.replace("teacher: {kind: analytic}\n", "").replace("kind: meanflow", f"kind: {kind}"))
+    assert load_config(str(toy)).teacher is None
 
 
 # --dry-run -----------------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def _flow_map(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tupl
     def build(student: nn.Module, previous: nn.Module | None) -> Objective:
         return objective_of(objective, given(student))
 
+    build(nn.Identity(), None)  # what does not fit the teacher or the data is told now, before anything is written
     serves = 1 if objective.kind == "free_flow" else 0
     stages = (Stage(objective.kind.replace("_", " "), total - begin, serves, build),)
     if warm is None:

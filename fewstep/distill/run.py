@@ -181,7 +181,8 @@ def check_training(
 
 
 def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> None:
-    """Pairs are made within groups of samples, and a trajectory serves one: every microbatch has to hold whole ones."""
+    """Pairs are made within groups of samples, and trajectories are shared by groups: every microbatch has to hold
+    whole ones."""
     noise = noise_config(config, teacher)
     contrast = config.objective.contrast if config.objective.kind == "flow_matching" else 0.0
     size = config.train.batch_size // shares
@@ -190,17 +191,23 @@ def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> No
             f"a microbatch of {size} samples does not hold whole groups of {noise.group_size}: change train.batch_size"
             + (" or objective.noise.group_size" if config.objective.kind == "flow_matching" else "")
         )
-    objective = config.objective
-    warm = objective.warm_start if isinstance(objective, FlowMapBlock) else None
-    solved = objective if isinstance(objective, TrajectoryConfig) else warm
-    if solved is not None and size % solved.nodes:
-        place = "objective.nodes" if warm is None else "objective.warm_start.nodes"
-        raise UsageError(
-            f"a microbatch of {size} samples does not hold whole trajectories of {solved.nodes}: change "
-            f"train.batch_size or {place}"
-        )
+    for place, nodes in _trajectories(config).items():
+        if size % nodes:
+            raise UsageError(
+                f"a microbatch of {size} samples does not hold whole trajectories of {place} {nodes}: change that or "
+                "train.batch_size"
+            )
     if noise.coupling.kind != "independent" and config.objective.kind == "consistency":
         say("warning: the teacher pairs noise with data, so re-noising (more than 1 step) leaves its flow")
+
+
+def _trajectories(config: RunConfig) -> dict[str, int]:
+    """Config keys that say how many consecutive samples share a trajectory, with their values."""
+    objective = config.objective
+    nodes = {"objective.nodes": objective.nodes} if isinstance(objective, TrajectoryConfig) else {}
+    if isinstance(objective, FlowMapBlock) and objective.warm_start is not None:
+        nodes["objective.warm_start.nodes"] = objective.warm_start.nodes
+    return nodes
 
 
 def _train_stages(
@@ -278,7 +285,8 @@ def _train_stages(
                     window = log.window_state()
                     groups = state.snapshot(accelerator.is_main_process) if gathers else {}
                     if accelerator.is_main_process:
-                        if last:  # before the checkpoint that says the stage is over
+                        replaced = stage.serves in {later.serves for later in stages[number + 1 :]}
+                        if last and not replaced:  # before the checkpoint that says the stage is over
                             sha = write_tensors(_stage_file(run, stage), groups[f"ema-{settings.ema[0].name}"])
                             finished = {**finished, str(stage.serves): sha}
                         reached = _Position(number, state.step, seconds, groups, previous_weights, finished, window)
