@@ -22,8 +22,8 @@ class TrajectoryRegression(Objective):
     The target is a number, not the student's own opinion, and needs no data: it cannot run away, and its error is the
     solver's. ``N = nodes`` consecutive samples of a batch share a trajectory, the ``i``-th of them starting at its
     ``i``-th node with the end ``j`` drawn evenly from the later ones: ``N`` steps of the teacher serve ``N`` rows. The
-    inner nodes of each trajectory are evenly spaced with an offset of its own, so that no time is left out. Batches have
-    to hold whole trajectories, or what a sample sees depends on the batch it is in.
+    inner nodes of each trajectory are evenly spaced with an offset of its own, so that no time is left out. Batches
+    have to hold whole trajectories, or what a sample sees depends on the batch it is in.
     """
 
     def __init__(
