@@ -285,7 +285,7 @@ FILES = {
         TOY.replace("kind: average_velocity", "guidance_input: true, kind: average_velocity").replace(
             "meanflow", "free_flow"
         ),
-        ["student.guidance_input", "not free_flow"],
+        ["student.guidance_input", "free_flow"],
     ),
     **{
         f"{kind} without teacher": (
