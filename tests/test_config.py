@@ -382,3 +382,10 @@ def test_another_kind_leaves_behind_what_only_the_old_one_has() -> None:
     assert load_config("images-teacher", ["student.network.kind=mlp"]).student.network.kind == "mlp"
     refuse("teach", "images-teacher", "data.size=8", "data.kind=shards", "--dry-run", says=("data.size: unknown key",))
     refuse("teach", "images-teacher", "student.network.kind=unett", "--dry-run", says=("did you mean 'unet'?",))
+
+
+def test_a_difference_of_outputs_needs_their_precision() -> None:
+    """In bfloat16 it would have no digits."""
+    with pytest.raises(UsageError, match=r"objective\.jvp one_sided needs train\.precision fp32"):
+        load_config("digits-meanflow", ["objective.jvp=one_sided", "train.precision=bf16"])
+    assert load_config("digits-meanflow", ["objective.jvp=one_sided"]).objective.jvp == "one_sided"
