@@ -194,6 +194,11 @@ OVERRIDES = {
         "objective={kind: alpha_flow, begin: 0.5, end: 0.5}",
         ["objective", "begin 0.5", "not before end 0.5"],
     ),
+    "a modulation that ends before it begins": (
+        "objective={kind: modular_meanflow, begin: 0.6, end: 0.5}",
+        ["objective", "begin 0.6", "after end 0.5"],
+    ),
+    "a step that grows": ("objective={kind: soflow, last: 0.5}", ["objective", "first 0.1", "last 0.5", "shrink"]),
     "a warm start of nothing": ("objective.warm_start={steps: 0}", ["objective.warm_start.steps", "0"]),
     "a warm start without a length": ("objective.warm_start={nodes: 4}", ["objective.warm_start.steps", "required"]),
     "a trajectory of one node": ("objective={kind: trajectory, nodes: 1}", ["objective.nodes", "2", "1"]),

@@ -161,6 +161,12 @@ class ModularMeanFlowConfig(DerivativeBlock):
     begin: Share = 0.0
     end: Share = 1.0
 
+    @model_validator(mode="after")
+    def _in_order(self) -> "ModularMeanFlowConfig":
+        if self.begin > self.end:
+            raise ValueError(f"begin {self.begin:g} is after end {self.end:g}")
+        return self
+
 
 class AlphaFlowConfig(DerivativeBlock):
     """alpha-Flow (2510.20771): from flow matching over jumps to MeanFlow, by a sigmoid in the share of the training
@@ -190,6 +196,12 @@ class SoFlowConfig(RegressionBlock):
     diagonal_times: TimesConfig | None = LogitNormalTimes(mean=-0.2, std=1.0)
     first: float = Field(0.1, gt=0, le=1)
     last: float = Field(0.002, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> "SoFlowConfig":
+        if self.last > self.first:
+            raise ValueError(f"the step grows from first {self.first:g} to last {self.last:g}: it has to shrink")
+        return self
 
 
 class SplitMeanFlowConfig(RegressionBlock):
