@@ -163,14 +163,14 @@ def test_likelihood_and_cauchy_by_hand() -> None:
     mean = DELTA.square().mean(dim=1)
     scaled = mean * math.exp(-lv)
     torch.testing.assert_close(likelihood(DELTA, T, R), scaled + lv, rtol=1e-12, atol=0)
-    torch.testing.assert_close(cauchy(DELTA, T, R), torch.log(scaled + c) + lv, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cauchy(DELTA, T, R), torch.log(scaled + c) + lv / 2, rtol=1e-12, atol=0)
     torch.testing.assert_close(slope(likelihood), math.exp(-lv) * DELTA, **EXACT)
     torch.testing.assert_close(slope(cauchy), DELTA / (mean + c * math.exp(lv))[:, None], **EXACT)
     near, far = 1e-4 * DELTA, 1e4 * DELTA
     torch.testing.assert_close(
-        cauchy(near, T, R) - lv - math.log(c), (likelihood(near, T, R) - lv) / c, rtol=1e-5, atol=1e-13
+        cauchy(near, T, R) - lv / 2 - math.log(c), (likelihood(near, T, R) - lv) / c, rtol=1e-5, atol=1e-13
     )
-    torch.testing.assert_close(cauchy(far, T, R), far.square().mean(dim=1).log(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(cauchy(far, T, R), far.square().mean(dim=1).log() - lv / 2, rtol=1e-7, atol=0)
     torch.testing.assert_close(slope(cauchy, near), slope(likelihood, near) / c, rtol=1e-5, atol=0)
 
 
@@ -220,19 +220,28 @@ def test_likelihood_is_stationary_at_the_log_of_the_mean_square() -> None:
     assert derivative(math.log(mean)) == pytest.approx(0, abs=1e-14)
 
 
-def test_cauchy_has_no_such_place() -> None:
-    """``log(e^-lv m + c) + lv = log(m + c e^lv)`` as published rises with ``lv`` whatever ``m`` is: learned, it drifts
-    down, and the weight of a sample goes over into ``1 / m``, the adaptive one of power one and offset zero."""
+def test_cauchy_is_stationary_where_half_of_the_weight_is_left() -> None:
+    """``d/dlv = 1/2 - m e^-lv / (m e^-lv + c)``: zero where ``e^lv = m / c`` for deviations of one size, between the
+    smallest and the largest of those for several; with a whole ``lv``, as published, it is positive everywhere."""
     weight = Cauchy(0.01)
     mean = DELTA.square().mean(dim=1)
-    for lv in (-30.0, -3.0, 0.0, 3.0, 30.0):
+
+    def derivative(lv: float, delta: Tensor) -> float:
         constant_log_variance(weight, lv)
-        torch.testing.assert_close(weight(DELTA, T, R), torch.log(mean + 0.01 * math.exp(lv)), rtol=1e-9, atol=1e-12)
-        (found,) = torch.autograd.grad(weight(DELTA, T, R).mean(), weight.log_variance.of_t.outer.bias)
-        share = 0.01 * math.exp(lv) / (mean + 0.01 * math.exp(lv))
-        assert float(found.sum()) == pytest.approx(float(share.mean()), rel=1e-9)
-    constant_log_variance(weight, -30.0)
-    torch.testing.assert_close(slope(weight), slope(AdaptivePower(1.0, 1e-15)), rtol=1e-10, atol=0)
+        bias = weight.log_variance.of_t.outer.bias
+        (found,) = torch.autograd.grad(weight(delta, T, R).mean(), bias)
+        return float(found.sum())
+
+    for lv in (-3.0, 0.0, 3.0):
+        share = mean / (mean + 0.01 * math.exp(lv))
+        assert derivative(lv, DELTA) == pytest.approx(float((0.5 - share).mean()), rel=1e-9)
+    one_size = DELTA / mean.sqrt()[:, None]
+    assert derivative(math.log(1 / 0.01), one_size) == pytest.approx(0, abs=1e-12)
+    assert (
+        derivative(math.log(float(mean.min()) / 0.01), DELTA)
+        < 0
+        < derivative(math.log(float(mean.max()) / 0.01), DELTA)
+    )
 
 
 def test_learned_log_variance_is_the_variance_of_the_data() -> None:

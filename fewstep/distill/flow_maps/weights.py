@@ -85,10 +85,11 @@ class Likelihood(nn.Module):
 
 
 class Cauchy(nn.Module):
-    """``log(e^-lv ||Delta||^2 / D + c) + lv`` (Lee et al. 2510.24474), outliers bounded.
+    """``log(e^-lv ||Delta||^2 / D + c) + lv / 2``: as ``Likelihood`` under a Cauchy distribution, which bounds what an
+    outlier weighs.
 
-    The same as ``log(||Delta||^2 / D + c e^lv)``, which rises with ``lv`` whatever the deviation: as published, ``lv``
-    finds no variance but drifts down, and the weight goes over into an adaptive one of power one.
+    Decoupled MeanFlow (Lee et al. 2510.24474) prints it with a whole ``lv``. That is ``log(||Delta||^2 / D + c e^lv)``,
+    which rises with ``lv`` whatever the deviation: ``lv`` would find no scale and drift down.
     """
 
     def __init__(self, offset: float) -> None:
@@ -98,4 +99,4 @@ class Cauchy(nn.Module):
 
     def forward(self, delta: Tensor, t_B: Tensor, r_B: Tensor) -> Tensor:
         lv = self.log_variance(t_B, r_B)
-        return torch.log(mean_square(delta) * torch.exp(-lv) + self.offset) + lv
+        return torch.log(mean_square(delta) * torch.exp(-lv) + self.offset) + lv / 2
