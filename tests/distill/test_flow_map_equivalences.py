@@ -455,6 +455,24 @@ def test_guidance_ends_with_its_window_and_with_the_class() -> None:
     torch.testing.assert_close(found, teacher, rtol=0, atol=1e-6)
 
 
+def test_what_a_student_is_told_when_it_guides_itself() -> None:
+    """With guidance as an input: that of the rows, under the class; none, without."""
+    asked: dict[int, Tensor] = {}
+
+    class Told(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, r: Tensor, label: Tensor, guidance_B3: Tensor) -> Tensor:
+            assert torch.equal(t, r)
+            asked[int(label[0])] = guidance_B3
+            return 0 * x + guidance_B3[:, :1].to(x)
+
+    told = torch.tensor([3.0, 0.0, 1.0]).expand(B, 3)
+    rows = replace(some_rows(), label=torch.zeros(B, dtype=torch.int64), guidance_B3=told)
+    found = SelfGuided(CLASSES, (9.0, 0.5, 0.5))(Told(), rows)
+    assert torch.equal(asked[0], told)
+    assert torch.equal(asked[CLASSES], torch.tensor([1.0, 0.0, 1.0]).expand(B, 3))
+    torch.testing.assert_close(found, rows.v_c + 2 / 3 * (3.0 - 1.0), rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 

@@ -6,6 +6,7 @@ A batch of 32 rows in two classes; 16 of them jump (or, for FreeFlow, 8 correct)
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +16,18 @@ from family import KEY, gradients
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from fewstep.checkpoint import RunDirectory
+from fewstep.config import check_config
 from fewstep.data.config import ToyConfig
 from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import load_data
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.couplings import gaussian_noise
+from fewstep.distill.flow_maps.guidance import NO_GUIDANCE, GuidanceRange
 from fewstep.distill.flow_maps.methods import METHODS, Given, objective_of
 from fewstep.distill.flow_maps.objective import FlowMapMatching
 from fewstep.distill.objective import LossOutput, Objective
+from fewstep.distill.run import check_training
 from fewstep.distill.tangent import OneSidedDifference
 from fewstep.distill.train import make_accelerator, train
 from fewstep.errors import UsageError
@@ -397,6 +402,47 @@ def test_labels_are_lost_for_a_student_that_guides_itself() -> None:
     for settings in ({"velocity": "teacher", **guided}, {"velocity": "data"}):
         rows, _ = build("meanflow", jump_fraction=0.5, **settings).rows(many, KEY)
         assert torch.equal(rows.label, order % CLASSES)
+
+
+def test_a_student_that_is_told_its_guidance() -> None:
+    """Its scale and window as drawn; where its label is lost, that there is none."""
+    objective = build("meanflow", velocity="data", jump_fraction=0.5, guidance={"scale": 2.0, "label_dropout": 0.5})
+    objective.guidance = GuidanceRange(2.0, 0.1, 0.9, largest=4.0)
+    rows, straight = objective.rows(batch(), KEY)
+    lost = rows.label == CLASSES
+    assert 2 < int(lost.sum()) < straight - 2
+    drawn = objective.guidance.draw(KEY, rows.index)
+    assert torch.equal(rows.guidance_B3[~lost], drawn[~lost])
+    assert torch.equal(rows.guidance_B3[lost], torch.tensor(NO_GUIDANCE).expand(int(lost.sum()), 3))
+    assert rows[straight:].guidance_B3.shape == (B - straight, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ({"kind": "trajectory", "nodes": 6}, "objective.nodes"),
+        ({"kind": "meanflow", "warm_start": {"steps": 1, "nodes": 6}}, "objective.warm_start.nodes"),
+    ],
+)
+def test_microbatches_hold_whole_trajectories(settings: dict[str, Any], place: str, tmp_path: Path) -> None:
+    tree = {
+        "name": "toy",
+        "data": {"kind": "toy", "name": "mixture_1d", "count": 100, "classes": False},
+        "teacher": {"kind": "analytic"},
+        "student": {"kind": "average_velocity", "init": "scratch", "network": {"kind": "mlp", "width": 8, "depth": 1}},
+        "objective": settings,
+        "train": {"steps": 2, "batch_size": 24},
+    }
+
+    def check(parts: int) -> None:
+        tree["train"]["gradient_accumulation_steps"] = parts
+        place, device = RunDirectory(tmp_path / "run"), torch.device("cpu")
+        check_training(check_config(tree, "test"), place, device, processes=2, resume=False, overwrite=False)
+
+    check(1)
+    check(2)
+    with pytest.raises(UsageError, match=rf"3 samples does not hold whole trajectories of 6: .* {place}$"):
+        check(4)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -6,11 +6,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from family import GAUSSIAN, KEY, LINE, Exact, ExactStudent, data, deltas, double_noise, dyadic, free_flow, root
+from family import (
+    GAUSSIAN,
+    KEY,
+    LINE,
+    Exact,
+    ExactStudent,
+    ExactTrajectories,
+    data,
+    deltas,
+    double_noise,
+    dyadic,
+    free_flow,
+    root,
+)
 
 from fewstep.data.dataset import Batch
+from fewstep.data.toys import MIXTURE_1D
 from fewstep.distill.flow_maps.trajectory import TrajectoryRegression
-from fewstep.teachers.analytic import GaussianTeacher
+from fewstep.teachers.analytic import GaussianTeacher, MixtureTeacher
 
 
 def trajectories(teacher: Exact, solver: str, nodes: int) -> TrajectoryRegression:
@@ -109,3 +123,30 @@ def test_the_smallest_trajectory() -> None:
     times = objective.times(KEY, torch.arange(0, 8, 2))
     assert ((times[:, 1] > 0) & (times[:, 1] < 1)).all()
     assert float(times[:, 1].std()) > 0.05
+
+
+def test_trajectories_are_solved_in_full_precision() -> None:
+    """Of two close states: a teacher that autocast would reach gives what it gives without."""
+    torch.manual_seed(0)
+    teacher = torch.nn.Linear(4, 4)
+    objective = TrajectoryRegression(
+        torch.nn.Identity(), teacher=lambda x, t, label: teacher(x), solver="heun", nodes=4, noise=double_noise
+    )
+    e, times = torch.randn(8, 4), objective.times(KEY, torch.arange(0, 32, 4))
+    wanted = objective.solve(e, times, None)
+    assert not wanted.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.solve(e, times, None), wanted)
+
+
+def test_labels_travel() -> None:
+    """An exact conditional student has no residual: a trajectory is of its first sample's class, and FreeFlow's rows
+    keep their own, whichever of them correct."""
+    teacher = MixtureTeacher.from_spec(MIXTURE_1D)
+    index = torch.arange(96)
+    batch = Batch(torch.zeros(96, 1, dtype=torch.float64), index % 3, index)
+    exact = ExactTrajectories(ExactStudent(teacher), teacher=teacher, solver="euler", nodes=4, noise=double_noise)
+    assert root(deltas(exact, batch)[0]) < 1e-6
+    objective = free_flow(ExactStudent(teacher), teacher, correction=0.25)
+    objective.fake = ExactStudent(teacher)
+    assert float(deltas(objective, batch)[0].detach().abs().max()) < 1e-12
