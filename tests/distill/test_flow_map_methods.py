@@ -341,6 +341,8 @@ def test_what_it_reports(kind: str, settings: dict[str, Any]) -> None:
         found = output.diagnostics
         if kind == "trajectory":
             assert found == {}
+            assert (output.t_B[::4] == 1).all()
+            assert (output.t_B[1::4] < 1).all()
             continue
         if kind == "free_flow":
             assert set(found) == {"jvp_norm", "fake_residual"}
