@@ -189,6 +189,9 @@ def test_what_a_step_of_free_flow_calls() -> None:
     (_, _, _, first), (_, _, _, second), (_, _, _, third) = student.log
     assert torch.equal(first, second[:24])
     assert third is None
+    own = objective.own_parameters()
+    assert len(own) == len(list(student.parameters()))
+    assert not {id(value) for value in own.values()} & {id(value) for value in student.parameters()}
     student.log.clear()
     build("free_flow", student, correction=0.0)(batch(), KEY)
     assert [(how, len(t)) for how, t, *_ in student.log] == [(DERIVATIVE, 32), (GRADIENT, 32)]

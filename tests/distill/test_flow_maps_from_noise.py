@@ -149,4 +149,8 @@ def test_labels_travel() -> None:
     assert root(deltas(exact, batch)[0]) < 1e-6
     objective = free_flow(ExactStudent(teacher), teacher, correction=0.25)
     objective.fake = ExactStudent(teacher)
+    seen: list[torch.Tensor] = []
+    objective.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[3]))
     assert float(deltas(objective, batch)[0].detach().abs().max()) < 1e-12
+    order = torch.cat((index[index % 4 != 3], index[index % 4 == 3]))
+    assert torch.equal(seen[-1], order % 3)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fewstep.distill.tangent import (
     Derivative,
+    EndDerivative,
     central_difference,
     end_derivative,
     end_difference,
@@ -185,9 +186,19 @@ def test_derivatives_with_a_gradient_are_those_without() -> None:
     u, du_dt = path_derivative(net, x, v, t, t / 3, None)
     torch.testing.assert_close(u, net(x, t, t / 3), rtol=0, atol=1e-13)
     torch.testing.assert_close(du_dt, forward_derivative(net, x, v, t, t / 3, None), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("derivative", [end_derivative, end_difference(1e-2)])
+def test_autocast_is_off_inside_those_too(derivative: EndDerivative) -> None:
+    net = tiny.student()
+    x, t = torch.randn(B, 1, 8, 8), torch.linspace(0.1, 0.9, B)
+    wanted = derivative(net, x, t, t / 3, None)
+    along = path_derivative(net, x, x, t, t / 3, None)
     with torch.autocast("cpu", torch.bfloat16):
-        for derivative in (end_derivative, end_difference(1e-3)):
-            assert derivative(any_network("mlp").float(), x.float(), t, t / 3, None)[1].dtype == torch.float32
+        for ours, without in zip(derivative(net, x, t, t / 3, None), wanted, strict=True):
+            assert torch.equal(ours, without)
+        for ours, without in zip(path_derivative(net, x, x, t, t / 3, None), along, strict=True):
+            assert torch.equal(ours, without)
 
 
 def test_plain_layer_normalisation() -> None:
