@@ -114,7 +114,7 @@ COSTS: list[tuple[str, dict[str, Any], list[Call], list[str]]] = [
 ]
 
 
-class Log(list[tuple[str, Tensor, Tensor, Tensor | None]]):
+class Log(list[tuple[str, Tensor, Tensor, Tensor | None, Tensor]]):
     """Shared by copies of a network."""
 
     def __deepcopy__(self, memo: object) -> "Log":
@@ -122,7 +122,8 @@ class Log(list[tuple[str, Tensor, Tensor, Tensor | None]]):
 
 
 class Recorder(nn.Module):
-    """A network with dropout that notes how it was called, at which times, and whose activations it dropped."""
+    """A network with dropout that notes how it was called, at which times, whose activations it dropped, with which
+    labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class Recorder(nn.Module):
         tangents = any(unpack_dual(value).tangent is not None for value in (x, t_B, r_B))
         graph = torch.is_grad_enabled()
         how = (BOTH if graph else DERIVATIVE) if tangents else (GRADIENT if graph else VALUE)
-        self.log.append((how, unpack_dual(t_B).primal, unpack_dual(r_B).primal, self.dropout.seed_B))
+        self.log.append((how, unpack_dual(t_B).primal, unpack_dual(r_B).primal, self.dropout.seed_B, label_B))
         return self.dropout(self.net(x, t_B, r_B, label_B))
 
 
@@ -164,13 +165,16 @@ def test_what_a_step_calls(kind: str, settings: dict[str, Any], wanted: list[Cal
         seeds = reference.dropout.seed_B
     rows = {"all": slice(0, B), "diagonal": slice(0, B // 2), "jumps": slice(B // 2, B)}
     assert [how for how, *_ in student.log] == [how for how, _ in wanted]
-    for (how, t, r, seed), (_, which) in zip(student.log, wanted, strict=True):
+    for (how, t, r, seed, label), (_, which) in zip(student.log, wanted, strict=True):
         name, _, undropped = which.partition(", ")
         assert len(t) == len(seeds[rows[name]]), (how, which)
         if undropped:
             assert seed is None
         else:
             assert torch.equal(seed, seeds[rows[name]]), (how, which)
+            lost = label == CLASSES  # some of the diagonal, where the student guides itself
+            assert not lost.any() or "guidance" in settings
+            assert torch.equal(label[~lost], (order % CLASSES)[rows[name]][~lost]), (how, which)
         if how == GRADIENT and name != "jumps":
             assert torch.equal(t[: B // 2], r[: B // 2])
             assert torch.equal(output.t_B[: B // 2], t[: B // 2])
@@ -186,7 +190,7 @@ def test_what_a_step_of_free_flow_calls() -> None:
     objective = build("free_flow", student)
     objective(batch(), KEY)
     assert [(how, len(t)) for how, t, *_ in student.log] == [(DERIVATIVE, 24), (GRADIENT, 32), (GRADIENT, 8)]
-    (_, _, _, first), (_, _, _, second), (_, _, _, third) = student.log
+    first, second, third = (seed for _, _, _, seed, _ in student.log)
     assert torch.equal(first, second[:24])
     assert third is None
     own = objective.own_parameters()
