@@ -8,6 +8,7 @@ import contextlib
 import copy
 import datetime
 import json
+import math
 import os
 import sys
 import tempfile
@@ -285,10 +286,11 @@ class _Workshop:
 
     def config(self, variant: Variant) -> RunConfig:
         """A checked config of one step, with the teacher unless the objective takes none."""
+        whole = {"nodes": math.gcd(16, self._batch_size)} if variant.kind == "trajectory" else {}
         tree: dict[str, Any] = {
             "name": variant.name,
             "data": {"kind": "shards", "path": str(self._folder / "data")},
-            "objective": {"kind": variant.kind, **variant.settings},
+            "objective": {"kind": variant.kind, **whole, **variant.settings},
             "train": {"steps": 1, "batch_size": self._batch_size, "warmup_steps": 0},
         }
         kind = TRAINS[variant.kind]

@@ -37,7 +37,13 @@ from fewstep.networks.config import SIZES, FloTConfig
 
 CPU = torch.device("cpu")
 TINY = ("--size", "mlp-tiny", "--batch-size", 8, "--repeats", 1)
-MEANFLOW = ["meanflow", "meanflow-finite-difference", "meanflow-teacher", "meanflow-textbook"]
+MEANFLOW = [
+    "meanflow",
+    "meanflow-finite-difference",
+    "meanflow-one-sided",
+    "meanflow-teacher",
+    "meanflow-textbook",
+]
 
 
 @pytest.fixture
