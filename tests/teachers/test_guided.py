@@ -58,7 +58,7 @@ def test_guidance_acts_in_its_window() -> None:
     low, high = float(t[30]), float(t[10])
     field = guided(CLASSES, 3.0, NULL, low, high)
     found = field(x, t, label)
-    assert torch.equal(found[10:31], GuidedField(CLASSES, 3.0, NULL)(x, t, label)[10:31])
+    assert torch.equal(found[10:31], guided(CLASSES, 3.0, NULL)(x, t, label)[10:31])
     torch.testing.assert_close(found[10:31], (3 * v_c - 2 * v_u)[10:31], **EXACT)
     torch.testing.assert_close(found[:10], v_c[:10], **EXACT)
     torch.testing.assert_close(found[31:], v_c[31:], **EXACT)
