@@ -90,6 +90,8 @@ class RunConfig(Block):
                 if can
                 else f"student.guidance_input: objective {kind} knows no guidance that a student could be told"
             )
+        if self.student.guidance_input and self.train.compile:
+            raise ValueError("train.compile with student.guidance_input has not been shown to work: choose one")
         if guidance is not None and guidance.largest is not None and not self.student.guidance_input:
             raise ValueError("objective.guidance.largest draws scales, which needs student.guidance_input true")
         for place, value in _leaves(self.model_dump()):

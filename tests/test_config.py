@@ -389,6 +389,14 @@ def test_another_kind_leaves_behind_what_only_the_old_one_has() -> None:
     refuse("teach", "images-teacher", "student.network.kind=unett", "--dry-run", says=("did you mean 'unet'?",))
 
 
+def test_guidance_as_an_input_is_not_compiled() -> None:
+    told = ["student.guidance_input=true", "objective.guidance={scale: 1.0, largest: 4.0}"]
+    with pytest.raises(UsageError, match=r"train\.compile with student\.guidance_input"):
+        load_config("digits-meanflow", [*told, "train.compile=true"])
+    assert load_config("digits-meanflow", told).student.guidance_input
+    assert load_config("digits-meanflow", ["train.compile=true"]).train.compile
+
+
 def test_a_difference_of_outputs_needs_their_precision() -> None:
     """In bfloat16 it would have no digits."""
     with pytest.raises(UsageError, match=r"objective\.jvp one_sided needs train\.precision fp32"):
