@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
+from fewstep.distill.jumps import jump_target
 from fewstep.distill.objective import LossOutput, Objective, mean_square
-from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, expand, uniform_grid
+from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, uniform_grid
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
 from fewstep.sampling import SOLVERS, Solver
@@ -72,7 +73,7 @@ class ProgressiveStage(Objective):
         with torch.autocast(x_t.device.type, enabled=False):
             x_m = self.teacher(x_t, t_B, m_B, label_B)
             x_s = self.teacher(x_m, m_B, s_B, label_B)
-        return (x_s - x_t) / expand(s_B - t_B, x_t)
+        return jump_target(x_t, x_s, t_B, s_B)
 
 
 def stage_steps(start: int, end: int) -> tuple[int, ...]:

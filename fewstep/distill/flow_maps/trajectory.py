@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.flow_maps.weights import Weight, plain
+from fewstep.distill.jumps import jump_target
 from fewstep.distill.objective import LossOutput, Objective, mean_square
-from fewstep.flow import VelocityField, expand
+from fewstep.flow import VelocityField
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
 from fewstep.sampling import SOLVERS, Solver
@@ -56,7 +57,7 @@ class TrajectoryRegression(Objective):
         u_B = key.uniform("end", batch.index)
         j = i + 1 + (u_B * (self.nodes - i)).long()
         t, r, x_t, x_r = times_GN[group, i], times_GN[group, j], states_GN[group, i], states_GN[group, j]
-        target = (x_t - x_r) / expand(t - r, x_t)
+        target = jump_target(x_t, x_r, t, r)
         with keyed_dropout(self.student, key, batch.index):
             delta = self.student(x_t, t, r, None if label is None else label[group]) - target
         return LossOutput(self.weight(delta, t, r), mean_square(delta.detach()), t, {})
