@@ -24,11 +24,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## a teacher, three students and their report on shipped data: runs/demo/report/index.html
 	$(BIN)/fewstep demo --overwrite
 
-test: $(STAMP)  ## the whole test suite, a test file at a time on every core
-	$(BIN)/python -m pytest $(PARALLEL)
+test: $(STAMP)  ## the test suite, a test file at a time on every core
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not thorough'
 
 test-fast: $(STAMP)  ## the suite without the tests marked slow
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not thorough'
+
+test-all: $(STAMP)  ## the suite and the tests marked thorough: the same at more points
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -42,4 +45,4 @@ format: $(STAMP)  ## let ruff rewrite
 clean:  ## remove .venv and caches (runs stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-fast test-all lint format clean

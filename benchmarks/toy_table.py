@@ -2,6 +2,7 @@
 
     python benchmarks/toy_table.py [METHOD ...] --seeds 0 --ledger benchmarks/ledger/NAME.jsonl
     python benchmarks/toy_table.py --summary benchmarks/ledger/NAME.jsonl
+    python benchmarks/toy_table.py --alpha-optimum 0.5
 
 The teacher is the exact velocity of ``mixture_1d``; each student is an MLP of 3 blocks of 128 channels, trained for
 3,000 steps of 128 with Adam, 1e-3 under a cosine, average 0.995. Measured against the closed form: the mean square
@@ -12,6 +13,7 @@ jumps from 1,000 quantiles of the noise to the quantiles of the data. One JSON r
 import argparse
 import datetime
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -21,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,6 +152,39 @@ def measure(method: str, seed: int, steps: int, batch_size: int) -> dict[str, An
     }
 
 
+def alpha_optimum(alpha: float) -> float:
+    """The 2-Wasserstein distance of one jump of a fixed alpha's *optimum*: what no training of that objective removes.
+
+    At ``r = 0`` its minimiser is ``f(x, t) = E[f(x_q, q) | x_t = x]`` with ``q = (1 - alpha) t`` on the same line, and
+    ``f(x, 0) = x``: conditional expectations under a mixture of Gaussians, by quadrature, from ``t = 1e-4`` up to 1.
+    """
+    w, m, s = (torch.tensor(each, dtype=torch.float64).flatten() for each in (
+        MIXTURE_1D.weights, MIXTURE_1D.means, MIXTURE_1D.stds
+    ))  # fmt: skip
+    nodes, mass = (torch.tensor(each) for each in np.polynomial.hermite_e.hermegauss(40))
+    x = torch.linspace(-7, 7, 4001, dtype=torch.float64)
+
+    def at(f: Tensor, points: Tensor) -> Tensor:
+        place = ((points - x[0]) / (x[1] - x[0])).clamp(0, len(x) - 1.0001)
+        left = place.long()
+        return torch.lerp(f[left], f[left + 1], place - left)
+
+    t = 1.0
+    times = [t] + [t := t * (1 - alpha) for _ in range(math.ceil(math.log(1e-4) / math.log(1 - alpha)))]
+    f = x
+    for t, q in reversed([*pairwise(times)]):
+        variance = ((1 - t) * s) ** 2 + t**2
+        off = x[:, None] - (1 - t) * m
+        component = torch.softmax(w.log() - variance.log() / 2 - off**2 / (2 * variance), dim=1)
+        data = (m + (1 - t) * s**2 / variance * off)[..., None] + (s * t / variance.sqrt())[None, :, None] * nodes
+        x_q = (1 - q / t) * data + q / t * x[:, None, None]
+        f = (component * (at(f, x_q) * mass / mass.sum()).sum(dim=-1)).sum(dim=-1)
+    start = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    one = torch.ones(1000, dtype=torch.float64)
+    wanted = MixtureTeacher.from_spec(MIXTURE_1D).flow_map(start[:, None], one, 0 * one)[:, 0]
+    return float((at(f, start).sort().values - wanted.sort().values).square().mean().sqrt())
+
+
 def summarise(ledger: Path) -> None:
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     for line in ledger.read_text().splitlines():
@@ -173,7 +209,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--ledger", type=Path)
     parser.add_argument("--summary", type=Path)
+    parser.add_argument("--alpha-optimum", type=float)
     given = parser.parse_args(arguments)
+    if given.alpha_optimum:
+        found = alpha_optimum(given.alpha_optimum)
+        print(f"alpha = {given.alpha_optimum:g} fixed: W2 of one jump at the optimum {found:.4f}")
+        return
     if given.summary:
         summarise(given.summary)
         return

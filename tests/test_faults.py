@@ -4,28 +4,21 @@ As a user meets it: one sentence, an exit code, and a way to go on that ends wit
 """
 
 import errno
-import functools
-import importlib.util
-import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from conftest import SMALL, cli, contents, refuse, student, succeed
+from ends import assert_same_end, leftovers, status
 
 from fewstep.checkpoint import checkpoints, read_checkpoint
-from fewstep.files import is_temporary
 
 STEPS, TOTAL = ("train.steps=12", "train.checkpoint_every=2", "train.keep_checkpoints=100"), 12
 
@@ -41,30 +34,6 @@ def undisturbed(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     succeed(*command, "--out", run)
     return run
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
-    assert files
-    return files
-
-
-def assert_same_end(run: Path, undisturbed: Path, total: int = TOTAL) -> None:
-    """The model, the log and the end of an undisturbed run, and nothing left behind."""
-    assert weights(run) == weights(undisturbed)
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
-        *range(1, total + 1)
-    ]
-    assert (status(run)["state"], status(run)["step"]) == ("done", total)
-    assert leftovers(run) == []
-
-
-def leftovers(run: Path) -> list[Path]:
-    return list(run.rglob(".*"))
-
-
-def status(run: Path) -> dict[str, Any]:
-    return json.loads((run / "status.json").read_text())
 
 
 def fail(*arguments: object, says: tuple[str, ...], code: int) -> str:
@@ -138,7 +107,7 @@ def test_a_disk_that_fills_up(
     assert contents(run / "checkpoints") == before
     disk[1]("size=8m")
     succeed(*command, "--out", run, "--resume")
-    assert_same_end(run, undisturbed)
+    assert_same_end(run, undisturbed, TOTAL)
 
 
 def test_a_disk_without_a_single_free_block(
@@ -160,7 +129,7 @@ def test_a_disk_without_a_single_free_block(
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 1)
     ballast.unlink()
     succeed(*command, "--out", run, "--resume")
-    assert_same_end(run, undisturbed)
+    assert_same_end(run, undisturbed, TOTAL)
 
 
 def test_a_disk_that_becomes_read_only(
@@ -177,7 +146,7 @@ def test_a_disk_that_becomes_read_only(
     assert contents(disk[0]) == {f"run/{name}": content for name, content in before.items()}
     remount("rw")
     succeed(*command, "--out", run, "--resume")
-    assert_same_end(run, undisturbed)
+    assert_same_end(run, undisturbed, TOTAL)
 
 
 def file_writes(run: Path, monkeypatch: pytest.MonkeyPatch, allowed: int) -> Callable[[], int]:
@@ -297,7 +266,7 @@ def test_any_damage_to_a_checkpoint_is_one_sentence_with_a_way_to_go_on(
         assert said.count(str(newest)) == 2
     follow(said)
     succeed(*command, "--out", stopped, "--resume")
-    assert_same_end(stopped, undisturbed)
+    assert_same_end(stopped, undisturbed, TOTAL)
 
 
 def follow(said: str) -> None:
@@ -316,7 +285,7 @@ def test_several_damaged_checkpoints(stopped: Path, command: tuple[str, ...], un
         shutil.rmtree(stopped / "checkpoints" / f"step-{step:08d}")
     refuse(*resume, says=("step-00000004", "damaged", "start again with --overwrite"))
     succeed(*command, "--out", stopped, "--overwrite")
-    assert_same_end(stopped, undisturbed)
+    assert_same_end(stopped, undisturbed, TOTAL)
 
 
 def test_a_checkpoint_folder_without_anything_in_it(stopped: Path, command: tuple[str, ...], undisturbed: Path) -> None:
@@ -324,7 +293,7 @@ def test_a_checkpoint_folder_without_anything_in_it(stopped: Path, command: tupl
     (stopped / "checkpoints" / "step-00000099 (copy)").mkdir()
     follow(refuse(*command, "--out", stopped, "--resume", says=("step-00000011/state.json", "from step-00000010")))
     succeed(*command, "--out", stopped, "--resume")
-    assert_same_end(stopped, undisturbed)
+    assert_same_end(stopped, undisturbed, TOTAL)
 
 
 def test_resuming_with_something_else_than_the_run_began_with(
@@ -348,7 +317,7 @@ def test_resuming_with_something_else_than_the_run_began_with(
         aside.rename(teacher)
     assert contents(stopped) == before
     succeed(*command, *resume)
-    assert_same_end(stopped, undisturbed)
+    assert_same_end(stopped, undisturbed, TOTAL)
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -376,104 +345,4 @@ def test_the_warning_before_a_time_limit(
         signal.signal(signal.SIGUSR1, before)
     assert (status(run)["state"], status(run)["step"], status(run)["exit_code"]) == ("interrupted", 6, 130)
     succeed(*shlex.split(said.partition(": fewstep ")[2]))
-    assert_same_end(run, undisturbed)
-
-
-OPERATIONS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
-"""Every change that others see goes through one of these; a file still being written has no name that counts."""
-
-
-def in_a_fork(arguments: tuple[object, ...], operations: int) -> int:
-    """``fewstep ARGUMENTS`` in a child that is killed before its ``operations + 1``-th operation on files.
-
-    Gives the number of its operations if it ended by itself, else -1.
-    """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def counted(real: Callable[..., Any], *given: Any, **named: Any) -> Any:
-            nonlocal count
-            if count == operations:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return real(*given, **named)
-
-        for name in OPERATIONS:
-            setattr(os, name, functools.partial(counted, getattr(os, name)))
-        try:
-            succeed(*arguments)
-            os.write(writing, str(count).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading) as file:
-        said = file.read()
-    _, ended = os.waitpid(child, 0)
-    if os.WIFSIGNALED(ended):
-        return -1
-    assert said, "the command failed before it was killed"
-    return int(said)
-
-
-def way_on(run: Path) -> list[str]:
-    """As a user goes on: from a checkpoint, else from the beginning."""
-    if any((run / "checkpoints").glob("step-*")) or any((run / "checkpoints").glob(".step-*.old")):
-        return ["--resume"]
-    return ["--overwrite"] if (run / "status.json").exists() else []
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize("first", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2, 3, 5, 6, 7, 8))])
-def test_killed_between_any_two_operations_on_files(first: int, trained: Path, tmp_path: Path) -> None:
-    """Killed once in the beginning, and once more somewhere in the resumed run."""
-    overrides = ("train.steps=1", "objective.start_steps=4", "objective.last_stages_factor=2")
-    few = ("train.checkpoint_every=2", "train.keep_checkpoints=1")
-    command = ("distill", "digits-progressive", *student(trained / "teacher"), *overrides, *few)
-    whole = tmp_path / "whole"
-    total = in_a_fork((*command, "--out", whole), 10**9)
-    assert total > 80
-    rng = random.Random(first)
-    for operations in range(first, total, 9):  # together: every one
-        run = tmp_path / f"run-{operations}"
-        assert in_a_fork((*command, "--out", run), operations) == -1
-        assert_sound(run)
-        in_a_fork((*command, "--out", run, *way_on(run)), rng.randrange(total))
-        assert_sound(run)
-        succeed(*command, "--out", run, *way_on(run))
-        assert_same_end(run, whole, status(whole)["step"])
-        shutil.rmtree(run)
-
-
-def assert_sound(run: Path) -> None:
-    """Whatever has a name that counts is whole."""
-    for path in checkpoints(run / "checkpoints"):
-        read_checkpoint(path)
-    for path in run.rglob("*.json"):
-        if not any(is_temporary(part) for part in (path, *path.parents)):
-            json.loads(path.read_text())
-
-
-def kill_script() -> ModuleType:
-    """``benchmarks/kill.py``, which kills processes as this test does, and oftener."""
-    path = Path(__file__).parent.parent / "benchmarks" / "kill.py"
-    spec = importlib.util.spec_from_file_location("kill", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kill"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-@pytest.mark.parametrize("method", ["meanflow", "progressive", "consistency"])
-def test_killed_processes_end_with_the_same_model(method: str, trained: Path, tmp_path: Path) -> None:
-    kill = kill_script()
-    command = kill.student(method, trained / "teacher", 300)
-    outcome = kill.survive(command, tmp_path, ("training", "checkpoint", "start"), random.Random(method))
-    assert len(outcome.kills) == 3
-    assert outcome.kills[1].inside
-    assert outcome.identical
+    assert_same_end(run, undisturbed, TOTAL)
