@@ -456,6 +456,28 @@ def test_grids_show_the_strips_pixel_for_pixel(report: Report) -> None:
     assert (below[0] - first[0], below[1]) == (50, first[1])
 
 
+def test_densities_of_points_are_one_picture(report: Report) -> None:
+    """A line per model and a column per step count; where a model was not measured the page stays white."""
+
+    def density(grey: int) -> str:
+        out = io.BytesIO()
+        Image.fromarray(np.full((96, 96), grey, dtype=np.uint8)).save(out, format="PNG")
+        return base64.b64encode(out.getvalue()).decode()
+
+    rows = [row for row in report.rows if (row.model, row.steps) != ("digits-meanflow", 8)]
+    greys = {(row.model, row.steps): 20 + 5 * place for place, row in enumerate(rows)}
+    rows = [replace(row, samples_png=density(greys[row.model, row.steps])) for row in rows]
+    (grid,) = grids(replace(report, rows=tuple(rows)))
+    picture = np.asarray(Image.open(io.BytesIO(grid.png)).convert("L"))
+    steps = sorted({row.steps for row in rows})
+    left = picture.shape[1] - 98 * len(steps)  # a gap of two after each
+    top = picture.shape[0] - 98 * len(FD_PIXELS)
+    for line, model in enumerate(FD_PIXELS):
+        for column, count in enumerate(steps):
+            cell = picture[top + 98 * line :, left + 98 * column :][:96, :96]
+            assert (cell == greys.get((model, count), 255)).all(), (model, count)
+
+
 def test_broken_samples_are_named(report: Report, tmp_path: Path) -> None:
     rows = tuple(replace(row, samples_png="bm90IGEgcG5n") if row.steps == 2 else row for row in report.rows)
     with pytest.raises(UsageError, match="the samples of digits-teacher at 2 steps are not a PNG"):

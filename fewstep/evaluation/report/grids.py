@@ -1,4 +1,5 @@
-"""Sample grids: the same noise in every column, one line per step count, the teacher's best effort on top."""
+"""Sample grids. Images: the same noise in every column, one line per step count, the teacher's best effort on top.
+Points: the density of each model at each step count, all in one picture."""
 
 import base64
 import binascii
@@ -35,15 +36,17 @@ class Grid:
 
 
 def grids(report: Report) -> list[Grid]:
-    """One grid per curve that has samples, the teacher's most-step row above every student's."""
+    """One grid per curve that has samples, the teacher's most-step row above every student's; where a sample of many
+    is one picture, one grid for all curves."""
+    curves = [(curve, [row for row in curve.rows if row.samples_png]) for curve in answer.series(report)]
+    curves = [(curve, rows) for curve, rows in curves if rows]
+    if curves and all(len(tiles(row)) == 1 for _, rows in curves for row in rows):
+        return [_densities(curves)]
     reference = answer.reference_row(report)
     drawn: list[Grid] = []
-    for curve in answer.series(report):
-        rows = [row for row in reversed(curve.rows) if row.samples_png]
-        if not rows:
-            continue
+    for curve, rows in curves:
         top = reference if reference is not None and reference.samples_png and curve.role == "student" else None
-        lines = [(f"{row.steps} step{'s' if row.steps > 1 else ''}", tiles(row)) for row in rows]
+        lines = [(f"{row.steps} step{'s' if row.steps > 1 else ''}", tiles(row)) for row in reversed(rows)]
         caption = "Each column starts from the same noise."
         if top is not None:
             lines.insert(0, (f"teacher\n{wording.plural(top.steps)}", tiles(top)))
@@ -68,30 +71,48 @@ def tiles(row: Row) -> "list[Image]":
     return [flat.crop((left, 0, left + side, flat.height)) for left in range(0, flat.width, side)]
 
 
-def _draw(lines: "Sequence[tuple[str, list[Image]]]", rule: bool) -> bytes:
-    """The grid as PNG: labels at the left, sample numbers on top, a rule beneath the teacher's line."""
+def _densities(curves: Sequence[tuple[answer.Series, list[Row]]]) -> Grid:
+    """A line per curve, a column per step count that any of them has."""
+    counts = sorted({row.steps for _, rows in curves for row in rows})
+    lines = []
+    for curve, rows in curves:
+        at = {row.steps: tiles(row)[0] for row in rows}
+        lines.append((curve.label, [at.get(count) for count in counts]))
+    caption = "Densities of samples; a column is a number of steps."
+    return Grid("densities", "All models", caption, _draw(lines, rule=False, columns=[str(count) for count in counts]))
+
+
+def _draw(
+    lines: "Sequence[tuple[str, Sequence[Image | None]]]", rule: bool, columns: "Sequence[str] | None" = None
+) -> bytes:
+    """The grid as PNG: labels at the left, names of columns (sample numbers) on top, a rule beneath the first line."""
     from PIL import Image, ImageDraw
 
-    widest = max(images[0].width for _, images in lines)
-    tallest = max(images[0].height for _, images in lines)
+    pictures = [image for _, images in lines for image in images if image is not None]
+    widest = max(image.width for image in pictures)
+    tallest = max(image.height for image in pictures)
     factor = max(1, math.ceil(LEAST_TILE / min(widest, tallest)))
     cell = (widest * factor, tallest * factor)
-    columns = min(MOST_COLUMNS, max(1, MOST_WIDTH // cell[0]), *(len(images) for _, images in lines))
+    if columns is None:
+        least = min(len(images) for _, images in lines)
+        columns = [str(place) for place in range(min(MOST_COLUMNS, max(1, MOST_WIDTH // cell[0]), least))]
     height = max(LETTERS, cell[1] // 8)
     letters = font(height)
     gutter = 10 + max(math.ceil(letters.getlength(part)) for label, _ in lines for part in label.split("\n"))
     head, below = height + 8, 8 if rule else 0
-    size = (gutter + columns * (cell[0] + GAP), head + len(lines) * (cell[1] + GAP) + below)
+    size = (gutter + len(columns) * (cell[0] + GAP), head + len(lines) * (cell[1] + GAP) + below)
     page = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(page)
-    for column in range(columns):
+    for column, name in enumerate(columns):
         centre = (gutter + column * (cell[0] + GAP) + cell[0] // 2, head // 2)
-        draw.text(centre, str(column), fill=RULE, font=letters, anchor="mm")
+        draw.text(centre, name, fill=RULE, font=letters, anchor="mm")
     for i, (label, images) in enumerate(lines):
         top = head + i * (cell[1] + GAP) + (below if i else 0)
         where = (gutter - 8, top + cell[1] // 2)
         draw.multiline_text(where, label, fill=INK, font=letters, anchor="rm", align="right", spacing=2)
-        for column, image in enumerate(images[:columns]):
+        for column, image in enumerate(images[: len(columns)]):
+            if image is None:
+                continue
             shown = image if image.size == cell else image.resize(cell, Image.Resampling.NEAREST)
             page.paste(shown, (gutter + column * (cell[0] + GAP), top))
     if rule:
