@@ -186,10 +186,10 @@ def alpha_optimum(alpha: float) -> float:
 
 
 def summarise(ledger: Path) -> None:
-    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in ledger.read_text().splitlines():
         row = json.loads(line)
-        rows[row["method"]].append(row)
+        rows[f"{row['method']}, batches of {row['batch_size']}"].append(row)
     columns = ("mse_u", "mse_v", "w2_1", "w2_2", "w2_4")
     print(f"| method | seeds | {' | '.join(columns)} |\n|:--|--:|{'--:|' * len(columns)}")
     for method, found in rows.items():
