@@ -18,6 +18,7 @@ from fewstep.block import Block
 from fewstep.data.config import DataConfig
 from fewstep.distill.config import ObjectiveConfig, TrainConfig
 from fewstep.distill.flow_maps.config import EulerianBlock, FlowMapBlock, RegressionBlock, ShortcutConfig
+from fewstep.distill.progressive_config import ProgressiveConfig
 from fewstep.errors import UsageError, nearest
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.students.config import StudentConfig
@@ -40,6 +41,9 @@ TRAINS = {
     "trajectory": "average_velocity",
 }
 """The kind of student each objective trains."""
+
+_GUIDED = RegressionBlock | ShortcutConfig | ProgressiveConfig
+"""The objectives that guidance can be folded into."""
 
 
 class RunConfig(Block):
@@ -77,23 +81,26 @@ class RunConfig(Block):
             raise ValueError("objective flow_matching trains a teacher and takes no teacher block")
         if from_data and not warm and self.teacher is not None and self.teacher.guidance != 1:
             raise ValueError("teacher.guidance has no effect with objective.velocity data: use velocity teacher")
-        guidance = self.objective.guidance if isinstance(self.objective, RegressionBlock | ShortcutConfig) else None
+        guided = self.objective if isinstance(self.objective, _GUIDED) else None
+        guidance = None if guided is None else guided.guidance
         if guidance is not None and self.teacher is not None and self.teacher.guidance != 1:
             raise ValueError("objective.guidance and teacher.guidance exclude each other: one of them guides")
         one_sided = isinstance(self.objective, EulerianBlock) and self.objective.jvp == "one_sided"
         if one_sided and self.train.precision != "fp32":
             raise ValueError("objective.jvp one_sided needs train.precision fp32: it is a difference of outputs")
         if self.student.guidance_input and guidance is None:
-            can = isinstance(self.objective, RegressionBlock | ShortcutConfig)
             raise ValueError(
                 "student.guidance_input needs objective.guidance: what the student is to be told"
-                if can
+                if guided is not None
                 else f"student.guidance_input: objective {kind} knows no guidance that a student could be told"
             )
         if self.student.guidance_input and self.train.compile:
             raise ValueError("train.compile with student.guidance_input has not been shown to work: choose one")
         if guidance is not None and guidance.largest is not None and not self.student.guidance_input:
             raise ValueError("objective.guidance.largest draws scales, which needs student.guidance_input true")
+        two_stages = isinstance(self.objective, ProgressiveConfig) and self.objective.guidance_stages == "two"
+        if two_stages and not self.student.guidance_input:
+            raise ValueError("objective.guidance_stages two trains a student of all scales: set student.guidance_input")
         for place, value in _leaves(self.model_dump()):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{place} is {value}: numbers have to be finite")

@@ -164,8 +164,8 @@ class OdeSampler:
 class MapSampler:
     """Flow maps keyed by the number of steps they serve (0 serves any number), with their rule.
 
-    ``jumps`` chains jumps along a uniform grid; ``renoise`` jumps to data and re-noises between the nodes. ``window``
-    is where guidance acts, for its name alone.
+    ``jumps`` chains jumps along a grid; ``renoise`` jumps to data and re-noises between the nodes. A map that knows one
+    grid only is sampled on that, every other on a uniform one. ``window`` is where guidance acts, for its name alone.
     """
 
     maps: dict[int, FlowMap]
@@ -182,13 +182,21 @@ class MapSampler:
         if steps not in self.maps and 0 not in self.maps:
             allowed = ", ".join(str(count) for count in sorted(self.maps))
             raise ValueError(f"this student was trained for {allowed} steps, not for {steps}")
+        nodes = self._map(steps).domain.grid
+        if nodes and len(nodes) != steps + 1:
+            raise ValueError(f"this student's grid has {len(nodes) - 1} steps, not {steps}")
 
     def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples:
         self.check(steps)
-        flow_map = self.maps[steps] if steps in self.maps else self.maps[0]
+        flow_map = self._map(steps)
+        nodes = flow_map.domain.grid
+        times = torch.tensor(nodes, dtype=torch.float32) if nodes else uniform_grid(steps)
         if self.rule == "renoise":
-            return sample_renoise(flow_map, noise, uniform_grid(steps), label_B, key, index_B, self.source)
-        return sample_map(flow_map, noise, uniform_grid(steps), label_B)
+            return sample_renoise(flow_map, noise, times, label_B, key, index_B, self.source)
+        return sample_map(flow_map, noise, times, label_B)
+
+    def _map(self, steps: int) -> FlowMap:
+        return self.maps[steps] if steps in self.maps else self.maps[0]
 
 
 def _name(rule: str, window: Window) -> str:

@@ -15,10 +15,23 @@ MODULES = {
 }
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("block", "errors", "files", "flow", "keys", "times", "sources", "environment", "interrupts", "launch", "console"),
+    (
+        "block",
+        "errors",
+        "files",
+        "flow",
+        "grids",
+        "keys",
+        "times",
+        "sources",
+        "environment",
+        "interrupts",
+        "launch",
+        "console",
+    ),
     ("networks", "data", "sampling", "evaluation.config", "networks.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.times_config"),
-    ("distill.config", "distill.flow_maps.config"),
+    ("distill.config", "distill.progressive_config", "distill.flow_maps.config"),
     ("config", "recipes", "comparison.config"),
     ("teachers", "students", "evaluation"),
     ("distill",),

@@ -19,6 +19,7 @@ from fewstep.distill.flow_maps.config import (
     TerminalVelocityConfig,
     TrajectoryConfig,
 )
+from fewstep.distill.progressive_config import ProgressiveConfig
 from fewstep.distill.times_config import TimesConfig, UniformTimes
 from fewstep.teachers.config import NoiseConfig
 
@@ -61,20 +62,6 @@ class FlowMatchingConfig(Block):
     contrast: float = Field(0.0, ge=0, lt=1)
     weighting: WeightingConfig = NoWeighting()
     label_dropout: float = Field(0.1, ge=0, lt=1)
-
-
-class ProgressiveConfig(Block):
-    """Progressive distillation ``start_steps -> start_steps / 2 -> ... -> end_steps``.
-
-    ``train.steps`` is the length of a stage; the stages of 2 and 1 steps are ``last_stages_factor`` times as long.
-    ``solver`` takes the teacher's steps in the first stage.
-    """
-
-    kind: Literal["progressive"] = "progressive"
-    start_steps: int = Field(32, ge=2)
-    end_steps: int = Field(1, ge=1)
-    solver: SolverName = "euler"
-    last_stages_factor: float = Field(2.0, gt=0)
 
 
 class ConsistencyConfig(Block):

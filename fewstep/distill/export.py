@@ -1,6 +1,6 @@
 """What a finished training leaves: ``model/``, ready to load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from fewstep.config import RunConfig, config_yaml
 from fewstep.data.dataset import Dataset
 from fewstep.environment import commit
 from fewstep.files import digest
+from fewstep.grids import Grid, uniform_nodes
 from fewstep.networks.build import parameter_count
 from fewstep.students.model_card import model_readme
 from fewstep.teachers.config import NoiseConfig
@@ -20,6 +21,8 @@ from fewstep.teachers.load import Teacher
 
 RULES = {"velocity": "ode", "average_velocity": "jumps", "consistency": "renoise"}
 """How each kind of student is sampled."""
+
+NO_GRIDS: Mapping[int, Grid] = {}
 
 
 def export(
@@ -31,8 +34,10 @@ def export(
     exported: dict[int, Tensors],
     steps: int,
     seconds: float,
+    grids: Mapping[int, Grid] = NO_GRIDS,
 ) -> None:
-    """Write ``model/``: the averaged weights of every stage that is worth keeping, ready to load."""
+    """Write ``model/``: the averaged weights of every stage that is worth keeping, ready to load. ``exported`` and
+    ``grids`` are keyed by the step counts they serve; what has no grid there is sampled on a uniform one."""
     is_teacher = config.objective.kind == "flow_matching"
     files = {serves: f"model-steps-{serves}.safetensors" for serves in exported}
     files[min(exported)] = "model.safetensors"
@@ -40,7 +45,7 @@ def export(
     for serves, file in sorted(files.items()):
         entries[str(serves)] = {"weights": file}
         if serves:
-            entries[str(serves)]["times"] = [1 - k / serves for k in range(serves + 1)]
+            entries[str(serves)]["times"] = list(grids.get(serves) or uniform_nodes(serves))
     sampler: dict[str, Any] = {"sampler": RULES[config.student.kind], "steps": entries}
     if is_teacher:
         sampler["solver"] = "euler"

@@ -6,9 +6,11 @@ its teacher and with a fresh optimiser.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fewstep.config import RunConfig
 from fewstep.data.dataset import Dataset
@@ -20,29 +22,53 @@ from fewstep.distill.config import (
 )
 from fewstep.distill.consistency import ConsistencyDistillation
 from fewstep.distill.curvature import CurvatureWeighting
-from fewstep.distill.flow_maps.config import FlowMapConfig, TrajectoryConfig
-from fewstep.distill.flow_maps.methods import Given, objective_of
+from fewstep.distill.flow_maps.config import FlowMapConfig, GuidanceConfig, TrajectoryConfig
+from fewstep.distill.flow_maps.guidance import GuidanceRange
+from fewstep.distill.flow_maps.methods import Given, contrasted_velocity, objective_of
+from fewstep.distill.flow_maps.objective import FlowMapMatching
+from fewstep.distill.flow_maps.rows import Guided
+from fewstep.distill.flow_maps.rules import Split
+from fewstep.distill.flow_maps.velocity import ContrastedField
 from fewstep.distill.flow_matching import FlowMatching
-from fewstep.distill.ingredients import derivative_of, noise_of, teachers_noise, times_of
-from fewstep.distill.objective import Objective
-from fewstep.distill.progressive import ProgressiveStage, SolverMap, stage_domain, stage_steps
+from fewstep.distill.ingredients import (
+    contrast_of,
+    derivative_of,
+    grid_of,
+    noise_of,
+    range_of,
+    teachers_noise,
+    time_weight_of,
+    times_of,
+)
+from fewstep.distill.objective import Objective, mean_square
+from fewstep.distill.optimised_grid import optimised_nodes, step_costs
+from fewstep.distill.progressive import ProgressiveStage, SolverMap, Told, stage_steps
+from fewstep.distill.progressive_config import OptimisedGrid
 from fewstep.errors import UsageError
-from fewstep.flow import PATHS
+from fewstep.flow import PATHS, FlowMap, TimeDomain, VelocityField
+from fewstep.grids import Grid, thinned, uniform_nodes
+from fewstep.keys import Key
+from fewstep.sources import SOURCES
 from fewstep.students.maps import AverageVelocityMap
+from fewstep.teachers.guided import GuidedField
 from fewstep.teachers.load import Teacher
+from fewstep.teachers.network import NetworkField
+from fewstep.times import sorted_pairs, uniform
 
 
 @dataclass(frozen=True)
 class Stage:
     """``build(student, previous)`` makes the objective; ``previous`` is the frozen student of the stage before.
 
-    ``serves`` is the number of sampling steps the stage's student is for, 0 for any.
+    ``serves`` is the number of sampling steps the stage's student is for, 0 for any; of stages with the same number the
+    last one's student is kept. ``grid`` has the nodes it is sampled on, ``serves + 1`` of them (none: any).
     """
 
     name: str
     steps: int
     serves: int
     build: Callable[[nn.Module, nn.Module | None], Objective]
+    grid: Grid = ()
 
 
 def plan(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
@@ -107,37 +133,109 @@ def _flow_map(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tupl
 
     build(nn.Identity(), None)  # what does not fit the teacher or the data is told now, before anything is written
     serves = 1 if objective.kind == "free_flow" else 0
-    stages = (Stage(objective.kind.replace("_", " "), total - begin, serves, build),)
+    grid = uniform_nodes(serves) if serves else ()
+    stages = (Stage(objective.kind.replace("_", " "), total - begin, serves, build, grid),)
     if warm is None:
         return stages
 
     def build_warm(student: nn.Module, previous: nn.Module | None) -> Objective:
         return objective_of(TrajectoryConfig(solver=warm.solver, nodes=warm.nodes), given(student))
 
-    return (Stage("trajectory regression", begin, serves, build_warm), *stages)
+    return (Stage("trajectory regression", begin, serves, build_warm, grid), *stages)
 
 
 def _progressive(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
     objective = config.objective
     assert isinstance(objective, ProgressiveConfig)
     assert teacher is not None
-    field, noise = teacher.field, teachers_noise(teacher)
     try:
         counts = stage_steps(objective.start_steps, objective.end_steps)
     except ValueError as error:
         raise UsageError(f"objective.start_steps: {error}") from error
+    noise, weight = teachers_noise(teacher), time_weight_of(objective.weight)
+    draws = range_of(objective.guidance) if objective.guidance and config.student.guidance_input else None
+    field = partial(_guided_field, teacher, objective.guidance)
+    finest = grid_of(
+        objective.grid,
+        objective.start_steps,
+        lambda grid: _optimised_grid(grid, objective.start_steps, teacher, field, draws, data, config.seed),
+    )
+    two_stages = objective.guidance_stages == "two"
 
     def stage(steps: int) -> Stage:
+        teacher_grid = thinned(finest, 2 * steps)
+
         def build(student: nn.Module, previous: nn.Module | None) -> Objective:
-            if previous is None:
-                return ProgressiveStage(student, teacher=SolverMap(field, objective.solver), steps=steps, noise=noise)
-            served = AverageVelocityMap(previous, stage_domain(2 * steps))
-            return ProgressiveStage(student, teacher=served, steps=steps, noise=noise)
+            def jumps(guidance_B3: Tensor | None) -> FlowMap:
+                if previous is None:
+                    return SolverMap(field(guidance_B3), objective.solver, objective.substeps)
+                net = previous if guidance_B3 is None else Guided(previous, guidance_B3)
+                if two_stages and steps == counts[0]:
+                    return SolverMap(NetworkField(net), objective.solver, objective.substeps)
+                return AverageVelocityMap(net, TimeDomain("grid", teacher_grid))
+
+            return ProgressiveStage(
+                student,
+                teacher=jumps(None),
+                teacher_grid=teacher_grid,
+                weight=weight,
+                told=None if draws is None else Told(draws, jumps),
+                noise=noise,
+            )
 
         factor = objective.last_stages_factor if steps <= 2 else 1.0
-        return Stage(f"{2 * steps} -> {steps} steps", round(config.train.steps * factor), steps, build)
+        length = round(config.train.steps * factor)
+        return Stage(f"{2 * steps} -> {steps} steps", length, steps, build, thinned(finest, steps))
 
-    return tuple(stage(steps) for steps in counts)
+    halvings = tuple(stage(steps) for steps in counts)
+    if not two_stages:
+        return halvings
+
+    def build_guided(student: nn.Module, previous: nn.Module | None) -> Objective:
+        assert objective.guidance is not None
+        return FlowMapMatching(
+            student,
+            rule=Split("half"),
+            pairs=sorted_pairs(uniform),
+            jump_fraction=0.0,
+            velocity=contrasted_velocity(teacher, objective.guidance),
+            weight=lambda delta, t_B, r_B: weight(t_B) * mean_square(delta),
+            guidance=draws,
+            null_label=data.num_classes,
+            noise=noise,
+        )
+
+    # It carries the number of the stage it prepares, whose student replaces its own.
+    return (Stage("guided velocity", config.train.steps, counts[0], build_guided, halvings[0].grid), *halvings)
+
+
+def _guided_field(teacher: Teacher, guidance: GuidanceConfig | None, guidance_B3: Tensor | None) -> VelocityField:
+    """The teacher's velocity: as it is, under the guidance of each row, or under a fixed one."""
+    if guidance is None:
+        return teacher.field
+    if guidance_B3 is not None:
+        return ContrastedField(contrast_of(teacher), guidance_B3)
+    return GuidedField(contrast_of(teacher), guidance.scale, guidance.low, guidance.high)
+
+
+def _optimised_grid(
+    config: OptimisedGrid,
+    steps: int,
+    teacher: Teacher,
+    field: Callable[[Tensor | None], VelocityField],
+    draws: GuidanceRange | None,
+    data: Dataset,
+    seed: int,
+) -> Grid:
+    """The cheapest nodes over trajectories of the teacher from keyed noise, a few of them at a time."""
+    costs = torch.zeros(())
+    for index in torch.arange(config.samples, device=teacher.device).split(16):
+        key = Key(seed)
+        noise = SOURCES[teacher.noise.source](key, "grid", index, data.shape)
+        label = index % data.num_classes if data.num_classes else None
+        guidance_B3 = None if draws is None else draws.draw(key, index)
+        costs = costs + len(index) * step_costs(field(guidance_B3), noise, label, config.fine)
+    return optimised_nodes(costs, steps)
 
 
 def _consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:

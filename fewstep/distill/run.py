@@ -30,6 +30,7 @@ from fewstep.distill.export import export, noise_config
 from fewstep.distill.flow_maps.config import FlowMapBlock, TrajectoryConfig
 from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
+from fewstep.distill.progressive import check_same_grid
 from fewstep.distill.shards import gathered
 from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
 from fewstep.distill.train import NonFiniteError, make_accelerator, over_processes, train
@@ -304,7 +305,8 @@ def _train_stages(
         for stage in stages:
             if stage.serves not in exported:
                 exported[stage.serves] = read_tensors(_stage_file(run, stage), finished[str(stage.serves)])
-        export(config, run, request.data, request.teacher, request.student, exported, starts[-1], seconds)
+        grids = {stage.serves: stage.grid for stage in stages}
+        export(config, run, request.data, request.teacher, request.student, exported, starts[-1], seconds, grids)
     accelerator.wait_for_everyone()
 
 
@@ -410,6 +412,7 @@ def _resume(config: RunConfig, run: RunDirectory, request: Request) -> _Position
         for weights in (groups["student"], groups.get("previous")):
             if weights is not None:
                 _with_weights(request.student, weights)
+        _check_grid(request.stages[state["stage"]], groups, path)
         for stage in request.stages:  # now, and not after hours of the last stage
             if str(stage.serves) in state["finished"]:
                 read_tensors(_stage_file(run, stage), state["finished"][str(stage.serves)])
@@ -422,6 +425,17 @@ def _resume(config: RunConfig, run: RunDirectory, request: Request) -> _Position
             finished=dict(state["finished"]),
             window=state["window"],
         )
+
+
+def _check_grid(stage: Stage, groups: dict[str, Tensors], path: Path) -> None:
+    """The grid of a checkpoint's stage, which may depend on the machine that looked for it, has to be the one that its
+    objective would now be built with: else a ``UsageError``."""
+    if not stage.grid:
+        return
+    try:
+        check_same_grid(groups.get("objective", {}), stage.grid)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; start again with --overwrite") from error
 
 
 def _stage_file(run: RunDirectory, stage: Stage) -> Path:

@@ -9,7 +9,8 @@ import torch
 
 from fewstep.checkpoint import ExportedModel, damage_in, read_model
 from fewstep.errors import UsageError
-from fewstep.flow import FlowMap, TimeDomain
+from fewstep.flow import ANY_JUMP, FlowMap, TimeDomain
+from fewstep.grids import check_grid
 from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.sampling import SOLVERS, MapSampler, OdeSampler, Sampler
 from fewstep.sources import SOURCES, Source
@@ -118,12 +119,21 @@ def _maps(exported: ExportedModel, device: torch.device) -> dict[int, FlowMap]:
         if kind == "consistency":
             maps[int(steps)] = ConsistencyMap(net, guidance=guidance)
         elif kind == "average_velocity":
-            grid = tuple(entry["times"]) if "times" in entry else ()
-            domain = TimeDomain("grid", grid) if grid else TimeDomain("any")
-            maps[int(steps)] = AverageVelocityMap(net, domain, guidance=guidance)
+            maps[int(steps)] = AverageVelocityMap(net, _domain(int(steps), entry), guidance=guidance)
         else:
             raise UsageError(f"{exported.folder}: this version knows no student of kind {kind!r}")
     return maps
+
+
+def _domain(steps: int, entry: Mapping[str, Any]) -> TimeDomain:
+    """The jumps of a student of so many steps. ``ValueError`` for times that are no grid of theirs."""
+    if "times" not in entry:
+        return ANY_JUMP
+    grid = tuple(float(time) for time in entry["times"])
+    if len(grid) != steps + 1:
+        raise ValueError(f"times of {len(grid) - 1} steps for a student of {steps}")
+    check_grid(grid)
+    return TimeDomain("grid", grid)
 
 
 def _network(exported: ExportedModel, weights: str, device: torch.device) -> torch.nn.Module:

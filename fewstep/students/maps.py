@@ -1,12 +1,17 @@
 """Two-time networks as flow maps."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.flow import ANY_JUMP, JUMPS_TO_DATA, TimeDomain, check_jumps, expand
+
+Network = Callable[..., Tensor]
+"""``(x, t, r, label)`` or ``(x, t, r, label, guidance [B, 3])`` -> ``[B, *D]``: a two-time network, or one under the
+guidance of some rows."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class AverageVelocityMap:
     for networks that take it as an input.
     """
 
-    net: nn.Module
+    net: Network
     domain: TimeDomain = ANY_JUMP
     nfe: int = 1
     guidance: GuidanceInput | None = None
@@ -57,7 +62,7 @@ class ConsistencyMap:
     as an input.
     """
 
-    net: nn.Module
+    net: Network
     domain: TimeDomain = JUMPS_TO_DATA
     nfe: int = 1
     guidance: GuidanceInput | None = None
@@ -69,7 +74,7 @@ class ConsistencyMap:
 
 
 def consistency_velocity(
-    net: nn.Module, x: Tensor, t_B: Tensor, label_B: Tensor | None, guidance_B3: Tensor | None = None
+    net: Network, x: Tensor, t_B: Tensor, label_B: Tensor | None, guidance_B3: Tensor | None = None
 ) -> Tensor:
     """``F(x_t, t)``, the network at its second time ``r = 0``."""
     return _evaluate(net, x, t_B, torch.zeros_like(t_B), label_B, guidance_B3)
@@ -80,7 +85,7 @@ def _batch(guidance: GuidanceInput | None, t_B: Tensor) -> Tensor | None:
 
 
 def _evaluate(
-    net: nn.Module, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None, guidance_B3: Tensor | None
+    net: Network, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None, guidance_B3: Tensor | None
 ) -> Tensor:
     """The network; without guidance, one that takes four arguments will do."""
     if guidance_B3 is None:

@@ -29,6 +29,8 @@ from fewstep.teachers.network import NetworkField, freeze
 MIXTURES = {"eight_gaussians": EIGHT_GAUSSIANS, "mixture": MIXTURE, "mixture_1d": MIXTURE_1D}
 """Toys with a closed form."""
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -36,7 +38,8 @@ class Teacher:
 
     ``net`` and ``network`` are None for an analytic teacher; ``digest`` identifies the weights (or the formula).
     ``noise`` is what it was trained on, ``contrast`` the pair of velocities that guidance acts between, where there is
-    one (the class against none, or the teacher against a weaker one), before any guidance.
+    one (the class against none, or the teacher against a weaker one), before any guidance. ``device`` is where it is
+    evaluated.
     """
 
     name: str
@@ -48,13 +51,14 @@ class Teacher:
     params: int
     noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
     contrast: ClassContrast | WeakContrast | None = None
+    device: torch.device = CPU
 
 
 def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, device: torch.device) -> Teacher:
     """Load a teacher for this data. What does not exist or does not fit is a ``UsageError``."""
     if isinstance(config, AnalyticTeacher):
-        return _analytic(config, data_config)
-    return _trained(config, data, device)
+        return dataclasses.replace(_analytic(config, data_config), device=device)
+    return dataclasses.replace(_trained(config, data, device), device=device)
 
 
 def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher:

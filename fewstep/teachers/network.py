@@ -1,5 +1,6 @@
 """A trained network as a velocity field."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ class NetworkField:
     Not a module: an objective that holds a teacher must not train, prepare or save it.
     """
 
-    net: nn.Module
+    net: Callable[..., Tensor]
     nfe: int = 1
 
     def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from fewstep.distill.flow_maps.rules import Discrete, Eulerian, Goal, Lagrangian
 from fewstep.distill.flow_maps.schedules import Constant, Ramp
 from fewstep.distill.flow_maps.velocity import ContrastedVelocity, SelfGuided, TeacherVelocity, conditional, diagonal
 from fewstep.distill.flow_maps.weights import AdaptivePower, NormalisedTangent
-from fewstep.distill.progressive import ProgressiveStage
+from fewstep.distill.progressive import two_steps
 from fewstep.distill.tangent import end_derivative, forward_derivative, path_derivative
 from fewstep.flow import expand
 from fewstep.students.maps import AverageVelocityMap
@@ -294,9 +294,8 @@ def test_a_split_in_half_of_a_frozen_network_is_progressive_distillation() -> No
     net, frozen, rows = random_network(), random_network(), some_rows()
     for parameter in frozen.parameters():
         parameter.data *= 0.7
-    stage = ProgressiveStage(net, teacher=AverageVelocityMap(frozen), steps=1)
     middle = (rows.t + rows.r) / 2
-    wanted = stage.target(rows.x, rows.t, middle, rows.r, None)
+    wanted = two_steps(AverageVelocityMap(frozen), rows.x, rows.t, middle, rows.r)
     for finest in (0.0, 0.1):
         found = Split("half", finest=finest)(net, rows, setting(frozen)).target
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)

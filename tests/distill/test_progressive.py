@@ -5,6 +5,7 @@ Float64; on grids of powers of two every node is exact.
 
 import itertools
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import oracle
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.data.toys import MIXTURE_1D, MixtureSpec
-from fewstep.distill.progressive import ProgressiveStage, SolverMap, stage_domain, stage_steps
-from fewstep.flow import FlowMap, TimeDomain, uniform_grid
+from fewstep.distill.optimised_grid import optimised_nodes, step_costs
+from fewstep.distill.progressive import ProgressiveStage, SolverMap, stage_steps, two_steps
+from fewstep.distill.time_weights import TIME_WEIGHTS, TimeWeight, edm_weight
+from fewstep.flow import LINEAR, FlowMap, TimeDomain
+from fewstep.grids import Grid, cosine_nodes, shifted_nodes, thinned, uniform_nodes
 from fewstep.keys import Key
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
@@ -69,8 +73,7 @@ def test_target_is_two_steps_of_the_teacher(solver: Solver) -> None:
     """``x_t - (t - s) v*`` is where two solver steps land; the ends of the step lie anywhere, the middle too."""
     x = normal(40, 1)
     t, m, s = 0.875, 0.75, 0.25
-    stage = ProgressiveStage(NOTHING, teacher=SolverMap(LINE, solver), steps=4)
-    v = stage.target(x, at(t, x), at(m, x), at(s, x), None)
+    v = two_steps(SolverMap(LINE, solver), x, at(t, x), at(m, x), at(s, x))
     two = sample_ode(LINE, x, torch.tensor([t, m, s], dtype=torch.float64), solver=solver).x
     torch.testing.assert_close(v, (x - two) / (t - s), **EXACT)
     torch.testing.assert_close(x - (t - s) * v, two, **EXACT)
@@ -79,8 +82,7 @@ def test_target_is_two_steps_of_the_teacher(solver: Solver) -> None:
 def test_euler_target_is_the_weighted_mean_of_two_velocities() -> None:
     """``v* = [(t - m) v1 + (m - s) v2] / (t - s)``, and ``(t x_s - s x_t) / (t - s) = x_t - t v*`` in data space."""
     x, t, m, s = normal(40, 1), 0.875, 0.75, 0.25
-    stage = ProgressiveStage(NOTHING, teacher=SolverMap(LINE), steps=4)
-    v = stage.target(x, at(t, x), at(m, x), at(s, x), None)
+    v = two_steps(SolverMap(LINE), x, at(t, x), at(m, x), at(s, x))
     v1 = LINE(x, at(t, x))
     v2 = LINE(x - (t - m) * v1, at(m, x))
     torch.testing.assert_close(v, ((t - m) * v1 + (m - s) * v2) / (t - s), **EXACT)
@@ -91,15 +93,13 @@ def test_euler_target_is_the_weighted_mean_of_two_velocities() -> None:
 def test_target_is_a_constant() -> None:
     """No gradient flows into the teacher, even one whose weights would take it."""
     x = normal(4, 3).float()
-    stage = ProgressiveStage(NOTHING, teacher=AverageVelocityMap(random_network()), steps=1)
-    v = stage.target(x, torch.ones(4), torch.full((4,), 0.5), torch.zeros(4), None)
+    v = two_steps(AverageVelocityMap(random_network()), x, torch.ones(4), torch.full((4,), 0.5), torch.zeros(4))
     assert not v.requires_grad
 
 
 def test_target_of_an_exact_teacher_is_its_average_velocity() -> None:
     x = normal(40, 1)
-    stage = ProgressiveStage(NOTHING, teacher=ExactMap(LINE), steps=2)
-    v = stage.target(x, at(1.0, x), at(0.75, x), at(0.5, x), None)
+    v = two_steps(ExactMap(LINE), x, at(1.0, x), at(0.75, x), at(0.5, x))
     torch.testing.assert_close(v, LINE.average_velocity(x, at(1.0, x), at(0.5, x)), **EXACT)
 
 
@@ -107,8 +107,7 @@ def test_target_of_an_exact_teacher_is_its_average_velocity() -> None:
 def test_guidance_is_folded_into_the_target(w: float) -> None:
     """Both steps are guided, the second from the point the guided first one reached; by hand, with labels."""
     x, label = normal(42, 1), torch.arange(42) % 3
-    stage = ProgressiveStage(NOTHING, teacher=SolverMap(guided(CLASSES, w, 3)), steps=2)
-    v = stage.target(x, at(0.5, x), at(0.25, x), at(0.0, x), label)
+    v = two_steps(SolverMap(guided(CLASSES, w, 3)), x, at(0.5, x), at(0.25, x), at(0.0, x), label)
 
     def combined(x: Tensor, t: float) -> Tensor:
         return (1 - w) * CLASSES(x, at(t, x)) + w * CLASSES(x, at(t, x), label)
@@ -133,8 +132,7 @@ def test_guiding_an_affine_teacher_commutes_with_the_target() -> None:
             return torch.where(label_B[:, None] == 0, conditional(x, t_B), null(x, t_B))
 
     def target(teacher: FlowMap) -> Tensor:
-        stage = ProgressiveStage(NOTHING, teacher=teacher, steps=2)
-        return stage.target(x, at(1.0, x), at(0.75, x), at(0.5, x), torch.zeros(40, dtype=torch.int64))
+        return two_steps(teacher, x, at(1.0, x), at(0.75, x), at(0.5, x), torch.zeros(40, dtype=torch.int64))
 
     v_c, v_u = target(SolverMap(conditional, "heun")), target(SolverMap(null, "heun"))
     v = target(SolverMap(guided(Both(), w, 1), "heun"))
@@ -149,29 +147,64 @@ def test_guiding_an_affine_teacher_commutes_with_the_target() -> None:
 class IdealStudent:
     """The student of a stage that learned its target perfectly: it jumps by ``v*``, between its own nodes only."""
 
-    stage: ProgressiveStage
+    teacher: FlowMap
+    teacher_grid: Grid
     nfe: int = 1
 
     @property
     def domain(self) -> TimeDomain:
-        return stage_domain(self.stage.steps)
+        return TimeDomain("grid", self.teacher_grid[::2])
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
-        v = self.stage.target(x, t_B, (t_B + r_B) / 2, r_B, label_B)
+        m = self.teacher_grid[self.teacher_grid.index(float(t_B[0])) + 1]
+        v = two_steps(self.teacher, x, t_B, at(m, x), r_B, label_B)
         return x - (t_B - r_B)[:, None] * v
 
 
-@pytest.mark.parametrize(("solver", "far"), [("euler", 0.02), ("heun", 2e-4)])
-def test_chain_of_ideal_students_is_the_first_teacher(solver: Solver, far: float) -> None:
-    """64 -> 32 -> ... -> 1: the one-step student is the 64-step sampler, and is not the exact flow."""
-    e = normal(50, 1)
-    teacher: FlowMap = SolverMap(LINE, solver)
+GRIDS: dict[str, Grid] = {
+    "uniform": uniform_nodes(64),
+    "shifted": shifted_nodes(64, 3.0),
+    "shifted to data": shifted_nodes(64, 0.4),
+    "cosine": cosine_nodes(64),
+    "optimised": optimised_nodes(step_costs(LINE, normal(32, 1, seed=1), None, 96), 64),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver", "substeps"),
+    [*((kind, solver, 1) for kind in GRIDS for solver in SOLVERS), ("uniform", "euler", 3), ("cosine", "heun", 2)],
+)
+def test_chain_of_ideal_students_is_the_first_teacher(kind: str, solver: Solver, substeps: int) -> None:
+    """64 -> 32 -> ... -> 1: every student, the last included, is the 64-step sampler, and is not the exact flow."""
+    e, grid = normal(25, 1), GRIDS[kind]
+    finer = [
+        torch.lerp(*torch.tensor(pair, dtype=torch.float64), k / substeps)
+        for pair in pairwise(grid)
+        for k in range(substeps)
+    ]
+    many = sample_ode(LINE, e, torch.tensor([*finer, 0.0], dtype=torch.float64), solver=solver).x
+    teacher: FlowMap = SolverMap(LINE, solver, substeps)
     for steps in stage_steps(64, 1):
-        teacher = IdealStudent(ProgressiveStage(NOTHING, teacher=teacher, steps=steps))
-        few = sample_map(teacher, e, uniform_grid(steps, dtype=torch.float64)).x
-        many = sample_ode(LINE, e, uniform_grid(64, dtype=torch.float64), solver=solver).x
+        stage = ProgressiveStage(NOTHING, teacher=teacher, teacher_grid=thinned(grid, 2 * steps))
+        assert stage.grid == thinned(grid, steps)
+        teacher = IdealStudent(teacher, stage.teacher_grid)
+        few = sample_map(teacher, e, torch.tensor(stage.grid, dtype=torch.float64)).x
         torch.testing.assert_close(few, many, **EXACT)
-    assert (few - LINE.flow_map(e, at(1.0, e), at(0.0, e))).abs().max() > far
+    far = 0.02 if solver == "euler" else 1e-4
+    assert (few - LINE.flow_map(e, at(1.0, e), at(0.0, e))).abs().max() > far / substeps**2
+
+
+def test_the_chain_by_hand() -> None:
+    """64 Euler steps written out, against one jump of the last student; and how far both are from the flow."""
+    e = normal(50, 1)
+    teacher: FlowMap = SolverMap(LINE)
+    for steps in stage_steps(64, 1):
+        teacher = IdealStudent(teacher, uniform_nodes(2 * steps))
+    x = e
+    for k in range(64, 0, -1):
+        x = x - LINE(x, at(k / 64, x)) / 64
+    torch.testing.assert_close(teacher(e, at(1.0, e), at(0.0, e)), x, **EXACT)
+    assert float((x - LINE.flow_map(e, at(1.0, e), at(0.0, e))).abs().max()) > 0.02
 
 
 def test_chain_on_a_gaussian_is_the_euler_gain() -> None:
@@ -179,7 +212,7 @@ def test_chain_on_a_gaussian_is_the_euler_gain() -> None:
     e = normal(20, 1)
     teacher: FlowMap = SolverMap(GaussianTeacher(0.0, 0.5))
     for steps in stage_steps(64, 1):
-        teacher = IdealStudent(ProgressiveStage(NOTHING, teacher=teacher, steps=steps))
+        teacher = IdealStudent(teacher, uniform_nodes(2 * steps))
     torch.testing.assert_close(teacher(e, at(1.0, e), at(0.0, e)), oracle.euler_gain(64, 0.5) * e, **EXACT)
 
 
@@ -191,7 +224,7 @@ def test_loss_by_hand() -> None:
     net, teacher = random_network(), GaussianTeacher(0.2, 0.6)
     index = torch.tensor([5, 3, 11, 0])
     batch = Batch(normal(4, 3).float(), None, index)
-    stage = ProgressiveStage(net, teacher=SolverMap(teacher), steps=4)
+    stage = ProgressiveStage(net, teacher=SolverMap(teacher), teacher_grid=uniform_nodes(8))
     output = stage.forward(batch, KEY)
     k = (4 * KEY.uniform("time", index)).long()
     t, s = (4 - k) / 4, (3 - k) / 4
@@ -217,7 +250,7 @@ def test_times_are_the_students_own_nodes(steps: int) -> None:
 
     n = 6000
     teacher = Recorder(ExactMap(GaussianTeacher(0.0, 1.0)))
-    stage = ProgressiveStage(Student(), teacher=teacher, steps=steps)
+    stage = ProgressiveStage(Student(), teacher=teacher, teacher_grid=uniform_nodes(2 * steps))
     stage.forward(Batch(torch.zeros(n, 1), None, torch.arange(n)), KEY)
     ((t, s),) = seen
     (first_x, first_t, first_m), (second_x, second_m, second_s) = teacher.calls
@@ -235,12 +268,56 @@ def test_times_are_the_students_own_nodes(steps: int) -> None:
     assert chi_square < {1: 1e-9, 4: 16.27, 6: 20.52}[steps]
 
 
+WEIGHTS: dict[str, TimeWeight] = {**TIME_WEIGHTS, "edm": edm_weight(0.6)}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_weight_is_the_loss_of_another_prediction(kind: str) -> None:
+    """Of data, noise and the velocity of the variance-preserving path, converted by their definitions; EDM's and
+    truncated SNR by their formulas in the noise level. Times as far as the ends."""
+    x, u, v, t = (
+        normal(40, 3, seed=1),
+        normal(40, 3, seed=2),
+        normal(40, 3, seed=3),
+        torch.linspace(1, 0.025, 40).double(),
+    )
+    data = [LINEAR.data_from_velocity(x, w, t) for w in (u, v)]
+    noise = [LINEAR.noise_from_velocity(x, w, t) for w in (u, v)]
+    alpha, sigma = ((c / (t**2 + (1 - t) ** 2).sqrt())[:, None] for c in (1 - t, t))
+    rotated = [alpha * e - sigma * d for e, d in zip(noise, data, strict=True)]
+
+    def square(pair: list[Tensor]) -> Tensor:
+        return (pair[0] - pair[1]).square().mean(dim=1)
+
+    snr, level = ((1 - t) / t) ** 2, t / (1 - t)
+    wanted = {
+        "velocity": square([u, v]),
+        "data": square(data),
+        "noise": square(noise),
+        "snr_plus_one": square(rotated),
+        "truncated_snr": square(data) * snr.clamp(min=1),
+        "edm": square(data) * torch.where(t == 1, 1 / 0.36, (level**2 + 0.36) / (level * 0.6) ** 2),
+    }
+    torch.testing.assert_close(WEIGHTS[kind](t) * square([u, v]), wanted[kind], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_weight_multiplies_the_loss_and_not_the_residual(kind: str) -> None:
+    batch = Batch(normal(64, 3).float(), None, torch.arange(64))
+    net, teacher = random_network(), SolverMap(GaussianTeacher(0.2, 0.6))
+    plain = ProgressiveStage(net, teacher=teacher, teacher_grid=cosine_nodes(8))(batch, KEY)
+    found = ProgressiveStage(net, teacher=teacher, teacher_grid=cosine_nodes(8), weight=WEIGHTS[kind])(batch, KEY)
+    assert torch.equal(found.residual_B, plain.per_sample_B)
+    torch.testing.assert_close(found.per_sample_B, WEIGHTS[kind](found.t_B) * plain.per_sample_B)
+
+
 def test_training_leaves_the_teacher_alone() -> None:
     """A previous student as teacher: its bits, its mode and its (absent) gradients are as before."""
     previous = freeze(random_network())
     before = {name: value.clone() for name, value in previous.state_dict().items()}
     net = random_network()
-    stage = ProgressiveStage(net, teacher=AverageVelocityMap(previous, stage_domain(4)), steps=2)
+    served = AverageVelocityMap(previous, TimeDomain("grid", uniform_nodes(4)))
+    stage = ProgressiveStage(net, teacher=served, teacher_grid=uniform_nodes(4))
     assert {id(p) for p in stage.parameters()} == {id(p) for p in net.parameters()}
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
     start = [parameter.detach().clone() for parameter in net.parameters()]
@@ -263,14 +340,14 @@ def test_training_leaves_the_teacher_alone() -> None:
 def test_a_teacher_must_serve_the_inserted_nodes() -> None:
     net = random_network()
     for steps, served in itertools.product((1, 2, 4), (1, 2, 4, 8)):
-        teacher = AverageVelocityMap(net, stage_domain(served))
+        teacher = AverageVelocityMap(net, TimeDomain("grid", uniform_nodes(served)))
         if served == 2 * steps:
-            ProgressiveStage(NOTHING, teacher=teacher, steps=steps)
+            ProgressiveStage(NOTHING, teacher=teacher, teacher_grid=uniform_nodes(2 * steps))
         else:
             with pytest.raises(ValueError, match="consecutive nodes"):
-                ProgressiveStage(NOTHING, teacher=teacher, steps=steps)
+                ProgressiveStage(NOTHING, teacher=teacher, teacher_grid=uniform_nodes(2 * steps))
     with pytest.raises(ValueError, match="only jumps to data"):
-        ProgressiveStage(NOTHING, teacher=ConsistencyMap(net), steps=1)
+        ProgressiveStage(NOTHING, teacher=ConsistencyMap(net), teacher_grid=uniform_nodes(2))
 
 
 def test_stage_steps() -> None:
@@ -284,16 +361,35 @@ def test_stage_steps() -> None:
             stage_steps(start, end)
 
 
-def test_stage_domain() -> None:
-    domain = stage_domain(4)
-    assert domain == TimeDomain("grid", (1.0, 0.75, 0.5, 0.25, 0.0))
-    domain.check(0.75, 0.5)
-    for t, r in ((1.0, 0.5), (0.5, 0.375), (0.25, 0.5)):
+def test_a_stage_serves_its_own_nodes() -> None:
+    """Of a grid whose steps all differ, with nodes as they travel in float32."""
+    grid = thinned(cosine_nodes(8), 4)
+    domain = TimeDomain("grid", grid)
+    for t, r in pairwise(torch.tensor(grid).tolist()):
+        domain.check(t, r)
+    for t, r in ((1.0, grid[2]), (1.0, 0.75), (grid[1], cosine_nodes(8)[3]), (0.25, 0.5), (0.0, -0.1)):
         with pytest.raises(ValueError, match="jump"):
             domain.check(t, r)
+
+
+def test_a_state_of_another_grid_is_refused() -> None:
+    """And one of before there were others counts as uniform."""
+
+    def stage(grid: Grid) -> ProgressiveStage:
+        return ProgressiveStage(nn.Identity(), teacher=SolverMap(LINE), teacher_grid=grid)
+
+    state = stage(cosine_nodes(8)).extra_state()
+    stage(cosine_nodes(8)).load_extra_state(state)
+    for other in (uniform_nodes(8), cosine_nodes(4), shifted_nodes(8, 1.0001)):
+        with pytest.raises(ValueError, match=r"on the nodes 1, 0\.70.*, and this stage has 1, "):
+            stage(other).load_extra_state(state)
+    stage(uniform_nodes(8)).load_extra_state({})
+    with pytest.raises(ValueError, match="this stage has"):
+        stage(cosine_nodes(8)).load_extra_state({})
 
 
 def test_evaluations_of_a_solver_map() -> None:
     fields = (CLASSES, guided(CLASSES, 2.0, 3))
     counts = [SolverMap(teacher, solver).nfe for teacher in fields for solver in ("euler", "heun", "midpoint")]
     assert counts == [1, 2, 2, 2, 4, 4]
+    assert SolverMap(CLASSES, "heun", 3).nfe == 6

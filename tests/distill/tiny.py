@@ -22,6 +22,7 @@ from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveStage, SolverMap
 from fewstep.distill.train import TrainState, make_accelerator, train
 from fewstep.flow import VelocityField
+from fewstep.grids import uniform_nodes
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
 from fewstep.teachers.guided import guided
@@ -69,7 +70,7 @@ def meanflow_from_data() -> Objective:
 
 
 def progressive() -> Objective:
-    return ProgressiveStage(student(), teacher=SolverMap(teacher_field(), "heun"), steps=4)
+    return ProgressiveStage(student(), teacher=SolverMap(teacher_field(), "heun"), teacher_grid=uniform_nodes(8))
 
 
 def consistency() -> Objective:

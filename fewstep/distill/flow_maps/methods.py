@@ -31,7 +31,6 @@ from fewstep.distill.flow_maps.config import (
     WeightConfig,
 )
 from fewstep.distill.flow_maps.free_flow import FreeFlow
-from fewstep.distill.flow_maps.guidance import GuidanceRange
 from fewstep.distill.flow_maps.objective import Done, FlowMapMatching
 from fewstep.distill.flow_maps.rules import Discrete, Eulerian, Lagrangian, Modulated, Rule, Split
 from fewstep.distill.flow_maps.schedules import Constant, Exponential, Ramp, Sigmoid
@@ -53,7 +52,7 @@ from fewstep.distill.flow_maps.weights import (
     Weight,
     plain,
 )
-from fewstep.distill.ingredients import pairs_of, times_of
+from fewstep.distill.ingredients import contrast_of, pairs_of, range_of, times_of
 from fewstep.distill.objective import Objective
 from fewstep.distill.tangent import (
     Derivative,
@@ -208,11 +207,7 @@ def _matching(
 
 def _common(config: RegressionBlock | ShortcutConfig, guidance: GuidanceConfig | None, given: Given) -> dict[str, Any]:
     """What every regression over pairs of times is given in the same way."""
-    told = None
-    if given.guidance_input and guidance is not None:
-        told = GuidanceRange(
-            guidance.scale, guidance.low, guidance.high, guidance.largest, guidance.power, guidance.random_window
-        )
+    told = range_of(guidance) if given.guidance_input and guidance is not None else None
     drops = guidance is not None and config.velocity == "data"
     return {
         "velocity": _velocity(config.velocity, guidance, given),
@@ -235,11 +230,12 @@ def _velocity(source: str, guidance: GuidanceConfig | None, given: Given) -> Vel
     teacher = _teacher_of("velocity teacher", given)
     if guidance is None:
         return TeacherVelocity(teacher.field)
-    if teacher.contrast is None:
-        raise UsageError(
-            f"objective.guidance: the teacher {teacher.name} has neither classes nor a weaker one beside it"
-        )
-    return ContrastedVelocity(teacher.contrast, (guidance.scale, guidance.low, guidance.high))
+    return contrasted_velocity(teacher, guidance)
+
+
+def contrasted_velocity(teacher: Teacher, guidance: GuidanceConfig) -> ContrastedVelocity:
+    """The teacher's guided velocity. ``UsageError`` for one with nothing to be guided by."""
+    return ContrastedVelocity(contrast_of(teacher), (guidance.scale, guidance.low, guidance.high))
 
 
 def weight_of(config: WeightConfig) -> Weight:

@@ -41,6 +41,21 @@ class TeacherVelocity:
 
 
 @dataclass(frozen=True)
+class ContrastedField:
+    """``v_bad + w (v_good - v_bad)`` of a frozen pair of fields as a velocity field, with the guidance of each row."""
+
+    contrast: Contrast
+    guidance_B3: Tensor
+    nfe: int = 2
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            good, bad = self.contrast(x, t_B, label_B)
+        w = expand(scale_at(self.guidance_B3, t_B), good).to(good)
+        return bad + w * (good - bad)
+
+
+@dataclass(frozen=True)
 class ContrastedVelocity:
     """``v_bad + w (v_good - v_bad)`` of a frozen pair of fields (a class against none, or a teacher against a weaker
     one), with ``w`` of the rows where ``t`` is in their window, and ``fixed`` (scale, low, high) for rows that say
@@ -50,10 +65,7 @@ class ContrastedVelocity:
     fixed: tuple[float, float, float]
 
     def __call__(self, net: nn.Module, rows: Rows) -> Tensor:
-        with torch.no_grad():
-            good, bad = self.contrast(rows.x, rows.t, rows.label)
-        w = expand(scale_at(guidance_of(rows, self.fixed), rows.t), good).to(good)
-        return bad + w * (good - bad)
+        return ContrastedField(self.contrast, guidance_of(rows, self.fixed))(rows.x, rows.t, rows.label)
 
 
 @dataclass(frozen=True)
