@@ -155,6 +155,7 @@ def _progressive(config: RunConfig, teacher: Teacher | None, data: Dataset) -> t
     noise, weight = teachers_noise(teacher), time_weight_of(objective.weight)
     draws = range_of(objective.guidance) if objective.guidance and config.student.guidance_input else None
     field = partial(_guided_field, teacher, objective.guidance)
+    field(None)  # a teacher that cannot be guided is told now, before anything is written
     finest = grid_of(
         objective.grid,
         objective.start_steps,
