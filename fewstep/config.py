@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fewstep.block import Block
 from fewstep.data.config import DataConfig
 from fewstep.distill.config import ObjectiveConfig, TrainConfig
+from fewstep.distill.consistency.config import ConsistencyBlock, ConsistencyFlowMatchingConfig
 from fewstep.distill.flow_maps.config import EulerianBlock, FlowMapBlock, RegressionBlock, ShortcutConfig
 from fewstep.distill.progressive_config import ProgressiveConfig
 from fewstep.errors import UsageError, nearest
@@ -28,6 +29,13 @@ TRAINS = {
     "flow_matching": "velocity",
     "progressive": "average_velocity",
     "consistency": "consistency",
+    "improved_consistency": "consistency",
+    "easy_consistency": "consistency",
+    "continuous_consistency": "consistency",
+    "truncated_consistency": "consistency",
+    "phased_consistency": "average_velocity",
+    "consistency_flow_matching": "average_velocity",
+    "self_corrected": "consistency",
     "meanflow": "average_velocity",
     "improved_meanflow": "average_velocity",
     "modular_meanflow": "average_velocity",
@@ -69,13 +77,19 @@ class RunConfig(Block):
             raise ValueError("student.init teacher needs a teacher block")
         if self.teacher is not None and self.teacher.kind == "analytic" and self.student.init == "teacher":
             raise ValueError("an analytic teacher has no weights: use student.init scratch and give student.network")
-        from_data = isinstance(self.objective, RegressionBlock | ShortcutConfig) and self.objective.velocity == "data"
+        from_data = (
+            isinstance(self.objective, RegressionBlock | ShortcutConfig | ConsistencyBlock)
+            and self.objective.velocity == "data"
+        )
         warm = isinstance(self.objective, FlowMapBlock) and self.objective.warm_start is not None
         needs_teacher = kind != "flow_matching" and (warm or not from_data)
         if needs_teacher and self.teacher is None:
             raise ValueError(f"objective {kind} needs a teacher block")
-        if (kind == "progressive" or warm) and self.train.ema_snapshot_every:
-            staged = "a warm start" if warm else "objective progressive"
+        close = isinstance(self.objective, ConsistencyFlowMatchingConfig)
+        straight = isinstance(self.objective, ConsistencyFlowMatchingConfig) and self.objective.straight_steps > 0
+        staged_kind = kind in ("progressive", "truncated_consistency") or straight
+        if (staged_kind or warm) and self.train.ema_snapshot_every:
+            staged = "a warm start" if warm else f"objective {kind}"
             raise ValueError(f"train.ema_snapshot_every has no meaning over the stages of {staged}")
         if kind == "flow_matching" and self.teacher is not None:
             raise ValueError("objective flow_matching trains a teacher and takes no teacher block")
@@ -88,6 +102,8 @@ class RunConfig(Block):
         one_sided = isinstance(self.objective, EulerianBlock) and self.objective.jvp == "one_sided"
         if one_sided and self.train.precision != "fp32":
             raise ValueError("objective.jvp one_sided needs train.precision fp32: it is a difference of outputs")
+        if close and self.train.precision != "fp32":
+            raise ValueError(f"objective {kind} needs train.precision fp32: it compares points that are close")
         if self.student.guidance_input and guidance is None:
             raise ValueError(
                 "student.guidance_input needs objective.guidance: what the student is to be told"

@@ -50,6 +50,31 @@ def _truncated_log_normal(u: Tensor, mean: float, std: float, low: float, high: 
     return torch.sigmoid(mean + std * z.clamp(low, high))
 
 
+def truncated_student(degrees: float, scale: float, sigma_min: float, sigma_max: float) -> Times:
+    """``ln sigma / scale`` from Student's t distribution, given ``sigma_min <= sigma <= sigma_max`` (Lee et al.
+    2410.14895, section 4.1). With few ``degrees`` of freedom that is near to even in ``ln |ln sigma|``: heavy tails.
+
+    By ``ln sigma = scale sqrt(degrees) sinh y`` the density of ``y`` is ``cosh(y)^-degrees``, so flat that a table of
+    its integral gives the distribution to 1e-7."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"noise levels run from sigma_min to a larger sigma_max, got {sigma_min:g} and {sigma_max:g}")
+    width = scale * math.sqrt(degrees)
+    low, high = (math.asinh(math.log(sigma) / width) for sigma in (sigma_min, sigma_max))
+    y = torch.linspace(low, high, 4097, dtype=torch.float64)
+    # cosh(y)^-degrees without overflow.
+    mass = torch.exp(-degrees * (y.abs() + torch.log1p(torch.exp(-2 * y.abs()))))
+    total = torch.cumulative_trapezoid(mass, y)
+    table = torch.cat((torch.zeros(1, dtype=torch.float64), total / total[-1]))
+    return partial(_truncated_student, width=width, y=y, table=table)
+
+
+def _truncated_student(u: Tensor, width: float, y: Tensor, table: Tensor) -> Tensor:
+    y, table = y.to(u.device), table.to(u.device)
+    k = torch.searchsorted(table, u, right=True).clamp(1, len(table) - 1) - 1
+    share = (u - table[k]) / (table[k + 1] - table[k])
+    return torch.sigmoid(width * torch.sinh(torch.lerp(y[k], y[k + 1], share)))
+
+
 def u_shaped(sharpness: float) -> Times:
     """Density in proportion to ``exp(a t) + exp(a (1 - t))``, ``a = sharpness``: most draws near both ends (Lee et al.
     2405.20320, section 4.1, with ``a = 4``, for training on pairs of noise and its sample)."""

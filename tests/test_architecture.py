@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("networks", "data", "sampling", "evaluation.config", "networks.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.times_config"),
-    ("distill.config", "distill.progressive_config", "distill.flow_maps.config"),
+    ("distill.config", "distill.progressive_config", "distill.flow_maps.config", "distill.consistency.config"),
     ("config", "recipes", "comparison.config"),
     ("teachers", "students", "evaluation"),
     ("distill",),
@@ -203,6 +203,7 @@ def test_kinds_become_classes_through_literal_dictionaries() -> None:
     [
         ("fewstep.distill.plan", "PLANS"),
         ("fewstep.distill.flow_maps.methods", "METHODS"),
+        ("fewstep.distill.consistency.methods", "METHODS"),
         ("fewstep.distill.trackers", "OPENS"),
         ("fewstep.networks.build", "NETWORKS"),
         ("fewstep.config", "TRAINS"),

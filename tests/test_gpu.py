@@ -10,7 +10,10 @@ from fewstep.checkpoint import RunDirectory
 from fewstep.config import load_config
 from fewstep.data.dataset import BatchSource
 from fewstep.data.load import digits
-from fewstep.distill.consistency import ConsistencyDistillation
+from fewstep.distill.consistency.measures import step_length
+from fewstep.distill.consistency.objective import AlongTeacher, ConsistencyMatching
+from fewstep.distill.consistency.schedules import Constant
+from fewstep.distill.consistency.steps import GridSteps, uniform_nodes
 from fewstep.distill.objective import Objective
 from fewstep.distill.run import run_training
 from fewstep.evaluation.config import EvaluateConfig
@@ -50,8 +53,12 @@ def test_losses_are_those_of_the_cpu(kind: str) -> None:
         if kind == "meanflow":
             objective = meanflow(student, NetworkField(teacher.to(device)))
         else:
-            objective = ConsistencyDistillation(
-                student, teacher=NetworkField(teacher.to(device)), solver="heun", nodes=8, target_decay=0.9, huber=0.0
+            objective = ConsistencyMatching(
+                student,
+                steps=GridSteps(uniform_nodes, Constant(8)),
+                nearer=AlongTeacher(NetworkField(teacher.to(device)), "heun"),
+                unit=step_length,
+                target_decay=0.9,
             )
         objective.to(device)
         batch = BatchSource(digits(), 64, 0, device=device).batch(3)

@@ -4,7 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.block import Block, SolverName
+from fewstep.block import Block
+from fewstep.distill.consistency.config import (
+    ConsistencyConfig,
+    ConsistencyFlowMatchingConfig,
+    ContinuousConsistencyConfig,
+    EasyConsistencyConfig,
+    ImprovedConsistencyConfig,
+    PhasedConsistencyConfig,
+    SelfCorrectedConfig,
+    TruncatedConsistencyConfig,
+)
 from fewstep.distill.flow_maps.config import (
     AlignYourFlowConfig,
     AlphaFlowConfig,
@@ -64,31 +74,19 @@ class FlowMatchingConfig(Block):
     label_dropout: float = Field(0.1, ge=0, lt=1)
 
 
-class ConsistencyConfig(Block):
-    """Consistency distillation over a grid that is refined from ``start_nodes`` to ``nodes`` intervals by doubling.
-
-    ``target_decay`` is the averaging of the target network (0: the student itself).
-    """
-
-    kind: Literal["consistency"] = "consistency"
-    start_nodes: int = Field(4, ge=1)
-    nodes: int = Field(32, ge=1)
-    solver: SolverName = "heun"
-    target_decay: float = Field(0.0, ge=0, lt=1)
-    huber: float = Field(0.0, ge=0)
-
-    @model_validator(mode="after")
-    def _doubles(self) -> "ConsistencyConfig":
-        ratio = self.nodes // self.start_nodes
-        if self.start_nodes * ratio != self.nodes or ratio & (ratio - 1):
-            raise ValueError(f"nodes {self.nodes} is not start_nodes {self.start_nodes} times a power of two")
-        return self
 
 
 ObjectiveConfig = Annotated[
     FlowMatchingConfig
     | ProgressiveConfig
     | ConsistencyConfig
+    | ImprovedConsistencyConfig
+    | EasyConsistencyConfig
+    | ContinuousConsistencyConfig
+    | TruncatedConsistencyConfig
+    | PhasedConsistencyConfig
+    | ConsistencyFlowMatchingConfig
+    | SelfCorrectedConfig
     | MeanFlowConfig
     | ImprovedMeanFlowConfig
     | ModularMeanFlowConfig

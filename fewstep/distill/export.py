@@ -39,8 +39,7 @@ def export(
     """Write ``model/``: the averaged weights of every stage that is worth keeping, ready to load. ``exported`` and
     ``grids`` are keyed by the step counts they serve; what has no grid there is sampled on a uniform one."""
     is_teacher = config.objective.kind == "flow_matching"
-    files = {serves: f"model-steps-{serves}.safetensors" for serves in exported}
-    files[min(exported)] = "model.safetensors"
+    files = _files(exported)
     entries: dict[str, dict[str, Any]] = {}
     for serves, file in sorted(files.items()):
         entries[str(serves)] = {"weights": file}
@@ -78,6 +77,16 @@ def export(
         card["contrast"] = config.objective.contrast
         weights[DATA_MEAN] = {"mean": data_mean(data)}
     write_model(run.model, card, sampler, weights, model_readme(card, sampler))
+
+
+def _files(exported: dict[int, Tensors]) -> dict[int, str]:
+    """The file of every step count. Counts with the same weights share the one of the least of them."""
+    files: dict[int, str] = {}
+    for serves, weights in sorted(exported.items()):
+        shared = [file for count, file in files.items() if exported[count] is weights]
+        fresh = f"model-steps-{serves}.safetensors" if files else "model.safetensors"
+        files[serves] = shared[0] if shared else fresh
+    return files
 
 
 def noise_config(config: RunConfig, teacher: Teacher | None) -> NoiseConfig:

@@ -23,6 +23,7 @@ from fewstep.distill.times_config import (
     SortedPairs,
     TimesConfig,
     TruncatedLogNormalTimes,
+    TruncatedStudentTimes,
     UShapedTimes,
 )
 from fewstep.errors import UsageError
@@ -40,6 +41,7 @@ from fewstep.times import (
     shifted,
     sorted_pairs,
     truncated_log_normal,
+    truncated_student,
     u_shaped,
     uniform,
 )
@@ -50,6 +52,8 @@ def times_of(config: TimesConfig) -> Times:
         times = logit_normal(config.mean, config.std)
     elif isinstance(config, TruncatedLogNormalTimes):
         times = truncated_log_normal(config.mean, config.std, config.sigma_min, config.sigma_max)
+    elif isinstance(config, TruncatedStudentTimes):
+        times = truncated_student(config.degrees, config.scale, config.sigma_min, config.sigma_max)
     elif isinstance(config, UShapedTimes):
         times = u_shaped(config.sharpness)
     else:

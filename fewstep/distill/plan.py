@@ -5,7 +5,7 @@ its teacher and with a fresh optimiser.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from fewstep.config import RunConfig
 from fewstep.data.dataset import Dataset
-from fewstep.distill.config import (
-    ConsistencyConfig,
-    CurvatureConfig,
-    FlowMatchingConfig,
-    ProgressiveConfig,
+from fewstep.distill.config import CurvatureConfig, FlowMatchingConfig, ProgressiveConfig
+from fewstep.distill.consistency.config import (
+    ConsistencyFamilyConfig,
+    ConsistencyFlowMatchingConfig,
+    PhasedConsistencyConfig,
+    TruncatedConsistencyConfig,
 )
-from fewstep.distill.consistency import ConsistencyDistillation
+from fewstep.distill.consistency.methods import Given as ConsistencyGiven
+from fewstep.distill.consistency.methods import consistency_objective, straight_stage, truncated_stage
 from fewstep.distill.curvature import CurvatureWeighting
 from fewstep.distill.flow_maps.config import FlowMapConfig, GuidanceConfig, TrajectoryConfig
 from fewstep.distill.flow_maps.guidance import GuidanceRange
@@ -61,7 +63,8 @@ class Stage:
     """``build(student, previous)`` makes the objective; ``previous`` is the frozen student of the stage before.
 
     ``serves`` is the number of sampling steps the stage's student is for, 0 for any; of stages with the same number the
-    last one's student is kept. ``grid`` has the nodes it is sampled on, ``serves + 1`` of them (none: any).
+    last one's student is kept. ``also`` are further numbers it is for. ``grid`` has the nodes it is sampled on, ``serves
+    + 1`` of them (none: any).
     """
 
     name: str
@@ -69,6 +72,7 @@ class Stage:
     serves: int
     build: Callable[[nn.Module, nn.Module | None], Objective]
     grid: Grid = ()
+    also: tuple[int, ...] = ()
 
 
 def plan(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
@@ -240,31 +244,68 @@ def _optimised_grid(
 
 
 def _consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
-    objective = config.objective
-    assert isinstance(objective, ConsistencyConfig)
-    assert teacher is not None
-    field, noise = teacher.field, teachers_noise(teacher)
+    objective, total = config.objective, config.train.steps
+    assert isinstance(objective, ConsistencyFamilyConfig)
 
     def build(student: nn.Module, previous: nn.Module | None) -> Objective:
-        return ConsistencyDistillation(
-            student,
-            teacher=field,
-            solver=objective.solver,
-            nodes=objective.nodes,
-            start_nodes=objective.start_nodes,
-            total_steps=config.train.steps,
-            target_decay=objective.target_decay,
-            huber=objective.huber,
-            noise=noise,
-        )
+        return consistency_objective(objective, ConsistencyGiven(student, teacher, teachers_noise(teacher), total))
 
-    return (Stage("consistency distillation", config.train.steps, 0, build),)
+    return (Stage(_CONSISTENCY_NAMES.get(objective.kind, objective.kind.replace("_", " ")), total, 0, build),)
+
+
+_CONSISTENCY_NAMES = {"consistency": "consistency distillation"}
+"""What a stage is called where that is not its kind."""
+
+
+def _phased_consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
+    assert isinstance(config.objective, PhasedConsistencyConfig)
+    first, *others = config.objective.segments
+    (stage,) = _consistency(config, teacher, data)
+    return (replace(stage, serves=first, also=tuple(others)),)
+
+
+def _consistency_flow_matching(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
+    objective, total = config.objective, config.train.steps
+    assert isinstance(objective, ConsistencyFlowMatchingConfig)
+    straight = objective.straight_steps
+    if straight >= total:
+        raise UsageError(f"objective.straight_steps {straight} leaves none of train.steps {total} to consistency")
+
+    def build(student: nn.Module, previous: nn.Module | None) -> Objective:
+        return straight_stage(objective, ConsistencyGiven(student, teacher, teachers_noise(teacher), straight))
+
+    (last,) = _consistency(config, teacher, data)
+    last = replace(last, steps=total - straight, serves=objective.segments)
+    return (Stage("flow matching on segments", straight, objective.segments, build), last) if straight else (last,)
+
+
+def _truncated_consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
+    objective, total = config.objective, config.train.steps
+    assert isinstance(objective, TruncatedConsistencyConfig)
+
+    def build(student: nn.Module, previous: nn.Module | None) -> Objective:
+        assert previous is not None
+        return truncated_stage(objective, ConsistencyGiven(student, teacher, teachers_noise(teacher), total), previous)
+
+    (first,) = _consistency(config, teacher, data)
+    # The uniform grid of two steps has its second node at the boundary, those of more steps have one below it.
+    return (
+        replace(first, name="easy consistency", serves=1),
+        Stage("truncated consistency", round(total * objective.second_stage_factor), 1, build, also=(2,)),
+    )
 
 
 PLANS = {
     "flow_matching": _flow_matching,
     "progressive": _progressive,
     "consistency": _consistency,
+    "improved_consistency": _consistency,
+    "easy_consistency": _consistency,
+    "continuous_consistency": _consistency,
+    "truncated_consistency": _truncated_consistency,
+    "phased_consistency": _phased_consistency,
+    "consistency_flow_matching": _consistency_flow_matching,
+    "self_corrected": _consistency,
     "meanflow": _flow_map,
     "improved_meanflow": _flow_map,
     "modular_meanflow": _flow_map,

@@ -198,7 +198,7 @@ def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> No
                 f"a microbatch of {size} samples does not hold whole trajectories of {place} {nodes}: change that or "
                 "train.batch_size"
             )
-    if noise.coupling.kind != "independent" and config.objective.kind == "consistency":
+    if noise.coupling.kind != "independent" and config.student.kind == "consistency":
         say("warning: the teacher pairs noise with data, so re-noising (more than 1 step) leaves its flow")
 
 
@@ -305,6 +305,8 @@ def _train_stages(
         for stage in stages:
             if stage.serves not in exported:
                 exported[stage.serves] = read_tensors(_stage_file(run, stage), finished[str(stage.serves)])
+        for stage in stages:
+            exported |= dict.fromkeys(stage.also, exported[stage.serves])
         grids = {stage.serves: stage.grid for stage in stages}
         export(config, run, request.data, request.teacher, request.student, exported, starts[-1], seconds, grids)
     accelerator.wait_for_everyone()

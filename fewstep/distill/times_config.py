@@ -55,8 +55,27 @@ class UShapedTimes(TimesBlock):
     sharpness: float = Field(4.0, gt=0, le=100)
 
 
+class TruncatedStudentTimes(TimesBlock):
+    """``ln sigma`` from Student's t distribution of the given ``degrees`` of freedom and ``scale``, between
+    ``sigma_min`` and ``sigma_max``, ``sigma = t / (1 - t)``. The defaults are those of truncated consistency models
+    (2410.14895)."""
+
+    kind: Literal["truncated_student"] = "truncated_student"
+    degrees: float = Field(0.01, gt=0, le=100)
+    scale: float = Field(0.2, gt=0)
+    sigma_min: float = Field(1.0, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TruncatedStudentTimes":
+        if self.sigma_max <= self.sigma_min:
+            raise ValueError(f"sigma_max {self.sigma_max:g} is not above sigma_min {self.sigma_min:g}")
+        return self
+
+
 TimesConfig = Annotated[
-    UniformTimes | LogitNormalTimes | TruncatedLogNormalTimes | UShapedTimes, Field(discriminator="kind")
+    UniformTimes | LogitNormalTimes | TruncatedLogNormalTimes | TruncatedStudentTimes | UShapedTimes,
+    Field(discriminator="kind"),
 ]
 
 
@@ -85,7 +104,14 @@ class GapPairs(Block):
 
 
 PairsConfig = Annotated[
-    UniformTimes | LogitNormalTimes | TruncatedLogNormalTimes | UShapedTimes | SortedPairs | ClippedPairs | GapPairs,
+    UniformTimes
+    | LogitNormalTimes
+    | TruncatedLogNormalTimes
+    | TruncatedStudentTimes
+    | UShapedTimes
+    | SortedPairs
+    | ClippedPairs
+    | GapPairs,
     Field(discriminator="kind"),
 ]
 """Pairs ``r <= t``. A distribution of single times stands for two draws from it, sorted."""

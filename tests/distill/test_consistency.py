@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.data.toys import MixtureSpec
-from fewstep.distill.consistency import ConsistencyDistillation
+from fewstep.distill.consistency.measures import step_length
+from fewstep.distill.consistency.objective import AlongTeacher, ConsistencyMatching
+from fewstep.distill.consistency.schedules import Constant, Doubling
+from fewstep.distill.consistency.steps import GridSteps, uniform_nodes
+from fewstep.distill.flow_maps.weights import PseudoHuber, plain
 from fewstep.flow import VelocityField
 from fewstep.keys import Key
 from fewstep.networks.build import build_network
@@ -36,11 +40,17 @@ def consistency(
     *,
     solver: Solver = "euler",
     nodes: int = 8,
+    intervals: Doubling | None = None,
     target_decay: float = 0.0,
     huber: float = 0.0,
-) -> ConsistencyDistillation:
-    return ConsistencyDistillation(
-        student, teacher=teacher, solver=solver, nodes=nodes, target_decay=target_decay, huber=huber
+) -> ConsistencyMatching:
+    return ConsistencyMatching(
+        student,
+        steps=GridSteps(uniform_nodes, intervals or Constant(nodes)),
+        nearer=AlongTeacher(teacher, solver),
+        distance=PseudoHuber(0.00054 * huber) if huber else plain,
+        unit=step_length,
+        target_decay=target_decay,
     )
 
 
@@ -168,8 +178,7 @@ def test_boundary() -> None:
     """``f(x, 0) = x`` to the bit, for any network; ``f(x, t) = x - t F(x, t, r = 0)``."""
     net, x = random_network(), normal(5, 3)
     zero, t = torch.zeros(5, dtype=torch.float64), torch.linspace(0.1, 1, 5, dtype=torch.float64)
-    assert torch.equal(ConsistencyDistillation.predict(net, x, zero, None), x)
-    torch.testing.assert_close(ConsistencyDistillation.predict(net, x, t, None), f(net, x, t), **EXACT)
+    assert torch.equal(ConsistencyMap(net)(x, zero, zero), x)
     torch.testing.assert_close(ConsistencyMap(net)(x, t, zero), f(net, x, t), **EXACT)
 
 
@@ -284,12 +293,10 @@ def test_huber_distance(huber: float) -> None:
 def test_curriculum_doubles_the_nodes() -> None:
     """From 4 to 32 in four equal parts of 100 steps, and the grid of the step is the one the loss uses."""
     net, teacher = random_network(), GaussianTeacher(0.2, 0.5)
-    objective = ConsistencyDistillation(
-        net, teacher=teacher, solver="euler", nodes=32, start_nodes=4, total_steps=100, target_decay=0.0, huber=0.0
-    )
+    doubling = Doubling(4, 32, 100)
+    objective = consistency(net, teacher, intervals=doubling)
     counts = {0: 4, 24: 4, 25: 8, 49: 8, 50: 16, 74: 16, 75: 32, 99: 32, 200: 32}
-    assert {step: objective.nodes_at(step) for step in counts} == counts
-    assert consistency(net, teacher, nodes=8).nodes_at(0) == 8
+    assert {step: doubling(step) for step in counts} == counts
     batch = random_batch()
     for step, nodes in counts.items():
         key = Key(0, step)

@@ -150,7 +150,16 @@ def test_a_non_finite_number_stops_before_the_weights_change(what: str) -> None:
 # --------------------------------------------------------------------------------------------------------- resumption
 
 
-HOLD_MORE = ("consistency", "shortcut", "terminal_velocity", "free_flow", "guided_and_weighted")
+HOLD_MORE = (
+    "consistency",
+    "consistency_training",
+    "continuous_consistency",
+    "self_corrected",
+    "shortcut",
+    "terminal_velocity",
+    "free_flow",
+    "guided_and_weighted",
+)
 """Objectives with a target network, or with something they learn beside the student."""
 
 

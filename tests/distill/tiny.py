@@ -13,7 +13,9 @@ from fewstep.checkpoint import Tensors
 from fewstep.data.dataset import BatchSource
 from fewstep.data.load import digits
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.consistency import ConsistencyDistillation
+from fewstep.distill.consistency.config import ConsistencyFamilyConfig, TruncatedConsistencyConfig
+from fewstep.distill.consistency.methods import Given as ConsistencyGiven
+from fewstep.distill.consistency.methods import consistency_objective, truncated_stage
 from fewstep.distill.couplings import gaussian_noise
 from fewstep.distill.flow_maps.config import FlowMapConfig
 from fewstep.distill.flow_maps.methods import Given, objective_of
@@ -73,17 +75,29 @@ def progressive() -> Objective:
     return ProgressiveStage(student(), teacher=SolverMap(teacher_field(), "heun"), teacher_grid=uniform_nodes(8))
 
 
-def consistency() -> Objective:
-    return ConsistencyDistillation(
-        student(),
-        teacher=teacher_field(),
-        solver="heun",
-        nodes=16,
-        start_nodes=4,
-        total_steps=20,
-        target_decay=0.9,
-        huber=1.0,
+CONSISTENCY = {config.model_fields["kind"].default: config for config in get_args(ConsistencyFamilyConfig)}
+"""The configs of the consistency family."""
+
+
+def consistency_given(student: nn.Module) -> ConsistencyGiven:
+    return ConsistencyGiven(student, Teacher("random", teacher_field(), None, None, 1.5, "", 0), gaussian_noise, 20)
+
+
+def consistency_method(kind: str, **settings: Any) -> Objective:
+    """A method of the consistency family from its config, over a training of twenty steps."""
+    return consistency_objective(
+        CONSISTENCY[kind].model_validate({"kind": kind, **settings}), consistency_given(student())
     )
+
+
+def consistency() -> Objective:
+    return consistency_method("consistency", nodes=16, start_nodes=4, target_decay=0.9, huber=1.0)
+
+
+def truncated_consistency() -> Objective:
+    """The second stage, with another network frozen below the boundary."""
+    previous = freeze(network(two_times=True, seed=2))
+    return truncated_stage(TruncatedConsistencyConfig(stages=3), consistency_given(student()), previous)
 
 
 KINDS = {config.model_fields["kind"].default: config for config in get_args(FlowMapConfig)}
@@ -103,6 +117,24 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "meanflow_from_data": meanflow_from_data,
     "progressive": progressive,
     "consistency": consistency,
+    "consistency_training": partial(
+        consistency_method,
+        "consistency",
+        velocity="data",
+        schedule="square_root",
+        target_decay=0.9,
+        target_follows_nodes=True,
+    ),
+    "improved_consistency": partial(consistency_method, "improved_consistency", start_nodes=5, nodes=20),
+    "easy_consistency": partial(consistency_method, "easy_consistency", stages=4),
+    "continuous_consistency": partial(consistency_method, "continuous_consistency", velocity="teacher", warmup_steps=5),
+    "continuous_consistency_flow": partial(
+        consistency_method, "continuous_consistency", form="flow", warmup_steps=0, weight={"kind": "none"}
+    ),
+    "truncated_consistency": truncated_consistency,
+    "phased_consistency": partial(consistency_method, "phased_consistency", segments=(1, 2, 3), shrink=0.2),
+    "consistency_flow_matching": partial(consistency_method, "consistency_flow_matching", length=0.05),
+    "self_corrected": partial(consistency_method, "self_corrected"),
     "improved_meanflow": partial(flow_map, "improved_meanflow"),
     "modular_meanflow": partial(flow_map, "modular_meanflow"),
     "alpha_flow": partial(flow_map, "alpha_flow"),
