@@ -24,6 +24,7 @@ from fewstep.times import (
     shifted,
     sorted_pairs,
     truncated_log_normal,
+    truncated_student,
     u_shaped,
     uniform,
     with_diagonal,
@@ -445,3 +446,29 @@ def test_distribution_keeps_its_digits_in_a_tail(deviations: float) -> None:
     r = logit_normal(-0.4, 1.0)(U * found)
     assert (r <= t * (1 + 1e-12)).all()
     assert (r[1:] > r[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "scale", "low", "high"), [(0.01, 0.2, 1.0, 80.0), (3.0, 0.5, 0.1, 20.0), (1.0, 1.0, 1e-3, 1e-2)]
+)
+def test_truncated_student_is_its_inverse_distribution_function(
+    degrees: float, scale: float, low: float, high: float
+) -> None:
+    """The distribution function by quadrature of the density, given the bounds, takes the times back to the
+    uniforms."""
+    u = torch.linspace(0, 1, 41, dtype=torch.float64)[1:-1]
+    t = truncated_student(degrees, scale, low, high)(u)
+    assert (t[1:] > t[:-1]).all()
+
+    def mass(to: float) -> float:
+        # In ln sigma / scale = sinh(y), which spreads the peak at zero.
+        def density(y: float) -> float:
+            return float((1 + math.sinh(y) ** 2 / degrees) ** (-(degrees + 1) / 2) * math.cosh(y))
+
+        ends = (math.asinh(math.log(end) / scale) for end in (low, to))
+        return float(scipy.integrate.quad(density, *ends, epsabs=1e-12, limit=400)[0])
+
+    found = [mass(sigma) / mass(high) for sigma in (t / (1 - t)).tolist()]
+    assert found == pytest.approx(u.tolist(), abs=1e-6)
+    with pytest.raises(ValueError, match="noise levels run from sigma_min"):
+        truncated_student(degrees, scale, high, low)
