@@ -250,11 +250,10 @@ def _consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> t
     def build(student: nn.Module, previous: nn.Module | None) -> Objective:
         return consistency_objective(objective, ConsistencyGiven(student, teacher, teachers_noise(teacher), total))
 
-    return (Stage(_CONSISTENCY_NAMES.get(objective.kind, objective.kind.replace("_", " ")), total, 0, build),)
-
-
-_CONSISTENCY_NAMES = {"consistency": "consistency distillation"}
-"""What a stage is called where that is not its kind."""
+    name = objective.kind.replace("_", " ")
+    if objective.kind == "consistency":
+        name = "consistency distillation" if objective.velocity == "teacher" else "consistency training"
+    return (Stage(name, total, 0, build),)
 
 
 def _phased_consistency(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:

@@ -51,6 +51,14 @@ def teaching() -> Objective:
 
 
 ALIKE = (
+    "consistency_training",
+    "improved_consistency",
+    "easy_consistency",
+    "continuous_consistency",
+    "continuous_consistency_flow",
+    "phased_consistency",
+    "consistency_flow_matching",
+    "self_corrected",
     "improved_meanflow",
     "soflow",
     "split_meanflow",
@@ -59,7 +67,7 @@ ALIKE = (
     "trajectory",
 )
 """Nothing in these that the others do not have: each rule is there once, a target network, one more network that is
-trained, and a weight that learns."""
+trained, one that is frozen, and a weight that learns."""
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     **{name: build for name, build in tiny.OBJECTIVES.items() if name not in ALIKE},
     "teaching": teaching,

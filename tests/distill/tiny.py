@@ -132,7 +132,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
         consistency_method, "continuous_consistency", form="flow", warmup_steps=0, weight={"kind": "none"}
     ),
     "truncated_consistency": truncated_consistency,
-    "phased_consistency": partial(consistency_method, "phased_consistency", segments=(1, 2, 3), shrink=0.2),
+    "phased_consistency": partial(consistency_method, "phased_consistency", segments=(1, 2, 3), nodes=8, shrink=0.2),
     "consistency_flow_matching": partial(consistency_method, "consistency_flow_matching", length=0.05),
     "self_corrected": partial(consistency_method, "self_corrected"),
     "improved_meanflow": partial(flow_map, "improved_meanflow"),

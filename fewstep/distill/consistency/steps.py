@@ -5,7 +5,6 @@ A draw is a function ``(key, index [B]) -> Hop``, of (seed, step, sample index) 
 ``sigma = t / (1 - t)``.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -164,8 +163,8 @@ class TruncatedSteps:
         hop = self.levels(key, index_B)
         at_boundary = jump_rows(index_B, self.boundary_fraction)
         t = torch.where(at_boundary, torch.full_like(hop.t, self.boundary), hop.t)
-        share = max(self.boundary_fraction, 1e-12)
-        factor = torch.where(at_boundary, self.boundary_weight / share, 1 / (1 - self.boundary_fraction))
+        share = self.boundary_fraction
+        factor = torch.where(at_boundary, self.boundary_weight / share, 1 / (1 - share))
         return Hop(t, self.levels.nearer(t, key.step), hop.b, factor)
 
 
@@ -183,8 +182,3 @@ class ConstantSteps:
         b = ((t * self.segments).ceil() - 1) / self.segments
         q = t - self.length
         return Hop(t, torch.where((q <= b) | (q < self.near_data), b, q), b)
-
-
-def time_of(sigma: float) -> float:
-    """``t = sigma / (1 + sigma)``; 1 for infinite noise."""
-    return 1.0 if math.isinf(sigma) else sigma / (1 + sigma)
