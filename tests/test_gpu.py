@@ -13,7 +13,7 @@ from fewstep.data.load import digits
 from fewstep.distill.consistency.measures import step_length
 from fewstep.distill.consistency.objective import AlongTeacher, ConsistencyMatching
 from fewstep.distill.consistency.schedules import Constant
-from fewstep.distill.consistency.steps import GridSteps, uniform_nodes
+from fewstep.distill.consistency.steps import GridSteps, even_nodes
 from fewstep.distill.objective import Objective
 from fewstep.distill.run import run_training
 from fewstep.evaluation.config import EvaluateConfig
@@ -55,7 +55,7 @@ def test_losses_are_those_of_the_cpu(kind: str) -> None:
         else:
             objective = ConsistencyMatching(
                 student,
-                steps=GridSteps(uniform_nodes, Constant(8)),
+                steps=GridSteps(even_nodes, Constant(8)),
                 nearer=AlongTeacher(NetworkField(teacher.to(device)), "heun"),
                 unit=step_length,
                 target_decay=0.9,

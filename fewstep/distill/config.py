@@ -74,8 +74,6 @@ class FlowMatchingConfig(Block):
     label_dropout: float = Field(0.1, ge=0, lt=1)
 
 
-
-
 ObjectiveConfig = Annotated[
     FlowMatchingConfig
     | ProgressiveConfig

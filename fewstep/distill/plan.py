@@ -63,8 +63,8 @@ class Stage:
     """``build(student, previous)`` makes the objective; ``previous`` is the frozen student of the stage before.
 
     ``serves`` is the number of sampling steps the stage's student is for, 0 for any; of stages with the same number the
-    last one's student is kept. ``also`` are further numbers it is for. ``grid`` has the nodes it is sampled on, ``serves
-    + 1`` of them (none: any).
+    last one's student is kept. ``also`` are further numbers it is for. ``grid`` has the nodes it is sampled on,
+    ``serves + 1`` of them (none: any).
     """
 
     name: str

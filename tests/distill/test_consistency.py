@@ -14,7 +14,7 @@ from fewstep.data.toys import MixtureSpec
 from fewstep.distill.consistency.measures import step_length
 from fewstep.distill.consistency.objective import AlongTeacher, ConsistencyMatching
 from fewstep.distill.consistency.schedules import Constant, Doubling
-from fewstep.distill.consistency.steps import GridSteps, uniform_nodes
+from fewstep.distill.consistency.steps import GridSteps, even_nodes
 from fewstep.distill.flow_maps.weights import PseudoHuber, plain
 from fewstep.flow import VelocityField
 from fewstep.keys import Key
@@ -46,7 +46,7 @@ def consistency(
 ) -> ConsistencyMatching:
     return ConsistencyMatching(
         student,
-        steps=GridSteps(uniform_nodes, intervals or Constant(nodes)),
+        steps=GridSteps(even_nodes, intervals or Constant(nodes)),
         nearer=AlongTeacher(teacher, solver),
         distance=PseudoHuber(0.00054 * huber) if huber else plain,
         unit=step_length,

@@ -19,7 +19,7 @@ from fewstep.distill.consistency.methods import Given, consistency_objective, st
 from fewstep.distill.consistency.objective import AlongTeacher, ConsistencyMatching, Pairs
 from fewstep.distill.consistency.schedules import Constant
 from fewstep.distill.consistency.self_corrected import SelfCorrected
-from fewstep.distill.consistency.steps import ConstantSteps, GridSteps, Hop, SegmentSteps, uniform_nodes
+from fewstep.distill.consistency.steps import ConstantSteps, GridSteps, Hop, SegmentSteps, even_nodes
 from fewstep.distill.flow_maps.objective import FlowMapMatching
 from fewstep.distill.flow_maps.rules import Discrete
 from fewstep.distill.flow_maps.schedules import Constant as ConstantSchedule
@@ -161,7 +161,7 @@ def test_one_phase_is_consistency_distillation() -> None:
             ConsistencyMatching(net, steps=steps, nearer=teacher, unit=step_length, noise=double_noise), batch
         )
 
-    distilled, phased = loss(GridSteps(uniform_nodes, Constant(16))), loss(SegmentSteps((1,), 16))
+    distilled, phased = loss(GridSteps(even_nodes, Constant(16))), loss(SegmentSteps((1,), 16))
     torch.testing.assert_close(phased, distilled, **EXACT)
     for a, b in zip(gradients(phased.sum(), net), gradients(distilled.sum(), net), strict=True):
         torch.testing.assert_close(a, b, **EXACT)

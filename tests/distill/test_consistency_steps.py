@@ -23,9 +23,9 @@ from fewstep.distill.consistency.steps import (
     SegmentSteps,
     StageShare,
     TruncatedSteps,
+    even_nodes,
     interval_masses,
     karras_nodes,
-    uniform_nodes,
 )
 from fewstep.keys import Key
 from fewstep.times import logit_normal, truncated_student
@@ -107,11 +107,11 @@ def test_log_normal_intervals() -> None:
     counts = (hop.t[:, None] == t[:-1]).double().sum(0)
     assert chi_square(counts, masses / masses.sum() * len(INDEX)) < 37.7
     assert torch.equal((hop.q[:, None] == t[1:]).double().sum(0), counts)
-    assert float(interval_masses(uniform_nodes(8)[1], 0.0, 1.0).sum()) == pytest.approx(1.0, abs=1e-12)
+    assert float(interval_masses(even_nodes(8)[1], 0.0, 1.0).sum()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_the_grid_of_the_step_is_used() -> None:
-    steps = GridSteps(uniform_nodes, Doubling(2, 8, 30))
+    steps = GridSteps(even_nodes, Doubling(2, 8, 30))
     for step, count in ((0, 2), (10, 4), (20, 8)):
         hop = steps(Key(0, step), INDEX)
         assert sorted({*hop.t.tolist()}) == [(k + 1) / count for k in range(count)]
@@ -167,7 +167,7 @@ def test_truncated_steps() -> None:
 
 
 def test_one_segment_is_the_uniform_grid() -> None:
-    a, b = SegmentSteps((1,), 16)(KEY, INDEX), GridSteps(uniform_nodes, Constant(16))(KEY, INDEX)
+    a, b = SegmentSteps((1,), 16)(KEY, INDEX), GridSteps(even_nodes, Constant(16))(KEY, INDEX)
     for ours, theirs in ((a.t, b.t), (a.q, b.q), (a.b, b.b)):
         assert torch.equal(ours.float(), theirs)
 

@@ -38,7 +38,7 @@ Nodes = Callable[[int], tuple[Tensor, Tensor]]
 """Intervals -> decreasing times from 1 to 0, one more than that, and their noise levels."""
 
 
-def uniform_nodes(intervals: int) -> tuple[Tensor, Tensor]:
+def even_nodes(intervals: int) -> tuple[Tensor, Tensor]:
     """Equal steps in ``t``."""
     t = 1 - torch.arange(intervals + 1, dtype=torch.float32) / intervals
     return t, t.double() / (1 - t.double())
@@ -57,7 +57,7 @@ def karras_nodes(intervals: int, *, low: float = 0.002, high: float = 80.0, rho:
     return t, sigma
 
 
-NODES: dict[str, Nodes] = {"uniform": uniform_nodes, "karras": karras_nodes}
+NODES: dict[str, Nodes] = {"uniform": even_nodes, "karras": karras_nodes}
 
 
 @dataclass(frozen=True)
