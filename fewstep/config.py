@@ -85,10 +85,9 @@ class RunConfig(Block):
         needs_teacher = kind != "flow_matching" and (warm or not from_data)
         if needs_teacher and self.teacher is None:
             raise ValueError(f"objective {kind} needs a teacher block")
-        close = isinstance(self.objective, ConsistencyFlowMatchingConfig)
-        straight = isinstance(self.objective, ConsistencyFlowMatchingConfig) and self.objective.straight_steps > 0
-        staged_kind = kind in ("progressive", "truncated_consistency") or straight
-        if (staged_kind or warm) and self.train.ema_snapshot_every:
+        segments = self.objective if isinstance(self.objective, ConsistencyFlowMatchingConfig) else None
+        straight = segments is not None and segments.straight_steps > 0
+        if (kind in ("progressive", "truncated_consistency") or straight or warm) and self.train.ema_snapshot_every:
             staged = "a warm start" if warm else f"objective {kind}"
             raise ValueError(f"train.ema_snapshot_every has no meaning over the stages of {staged}")
         if kind == "flow_matching" and self.teacher is not None:
@@ -102,7 +101,7 @@ class RunConfig(Block):
         one_sided = isinstance(self.objective, EulerianBlock) and self.objective.jvp == "one_sided"
         if one_sided and self.train.precision != "fp32":
             raise ValueError("objective.jvp one_sided needs train.precision fp32: it is a difference of outputs")
-        if close and self.train.precision != "fp32":
+        if segments is not None and self.train.precision != "fp32":
             raise ValueError(f"objective {kind} needs train.precision fp32: it compares points that are close")
         if self.student.guidance_input and guidance is None:
             raise ValueError(
