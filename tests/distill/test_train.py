@@ -151,6 +151,7 @@ def test_a_non_finite_number_stops_before_the_weights_change(what: str) -> None:
 
 
 HOLD_MORE = (
+    "progressive",
     "consistency",
     "consistency_training",
     "continuous_consistency",
@@ -160,7 +161,7 @@ HOLD_MORE = (
     "free_flow",
     "guided_and_weighted",
 )
-"""Objectives with a target network, or with something they learn beside the student."""
+"""Objectives with a target network, with something they learn beside the student, or with a grid."""
 
 
 @pytest.mark.parametrize("name", tiny.OBJECTIVES)
