@@ -211,7 +211,7 @@ def _progressive(config: RunConfig, teacher: Teacher | None, data: Dataset) -> t
         )
 
     # It carries the number of the stage it prepares, whose student replaces its own.
-    return (Stage("guided velocity", config.train.steps, counts[0], build_guided, halvings[0].grid), *halvings)
+    return (Stage("guided velocity", config.train.steps, counts[0], build_guided), *halvings)
 
 
 def _guided_field(teacher: Teacher, guidance: GuidanceConfig | None, guidance_B3: Tensor | None) -> VelocityField:

@@ -219,10 +219,10 @@ def test_a_checkpoint_of_another_grid_is_refused(
 
 @pytest.mark.parametrize("stages", ["one", "two"])
 def test_guidance_as_an_input(stages: str, trained: Path, tmp_path: Path) -> None:
-    """Chosen when it samples, at no cost, at every step count; killed and resumed in the second of its stages."""
+    """Chosen when it samples, at no cost, at every step count; killed and resumed where its second stage begins."""
     told = ("student.guidance_input=true", "objective.guidance={scale: 1.0, largest: 4.0}")
     fast = ("train.lr=0.03", "train.ema=[0.1]", "objective.start_steps=4", f"objective.guidance_stages={stages}")
-    line = command(trained / "teacher", *told, *fast)
+    line = command(trained / "teacher", *told, *fast, "objective.grid={kind: shifted, shift: 3}")
     succeed(*line, "--out", tmp_path / "run")
     card = read_json(tmp_path / "run" / "model" / "config.json")
     assert (card["guidance_input"], card["train"]["steps"]) == (True, 16 if stages == "one" else 20)
@@ -239,7 +239,7 @@ def test_guidance_as_an_input(stages: str, trained: Path, tmp_path: Path) -> Non
         assert (off.x - two.x).abs().max() > 1e-4
         assert (two.x - four.x).abs().max() > 1e-4
     if hasattr(os, "fork"):
-        killed_at(9, *line, "--out", tmp_path / "killed")
+        killed_at(4, *line, "--out", tmp_path / "killed")
         succeed(*line, "--out", tmp_path / "killed", "--resume")
         files = [sorted((tmp_path / name / "model").glob("*.safetensors")) for name in ("run", "killed")]
         assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
