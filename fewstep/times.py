@@ -52,7 +52,7 @@ def _truncated_log_normal(u: Tensor, mean: float, std: float, low: float, high: 
 
 def truncated_student(degrees: float, scale: float, sigma_min: float, sigma_max: float) -> Times:
     """``ln sigma / scale`` from Student's t distribution, given ``sigma_min <= sigma <= sigma_max`` (Lee et al.
-    2410.14895, section 4.1). With few ``degrees`` of freedom that is near to even in ``ln |ln sigma|``: heavy tails.
+    2410.14895). With few ``degrees`` of freedom that is near to even in ``ln |ln sigma|``: heavy tails.
 
     By ``ln sigma = scale sqrt(degrees) sinh y`` the density of ``y`` is ``cosh(y)^-degrees``, so flat that a table of
     its integral gives the distribution to 1e-7."""

@@ -1,5 +1,5 @@
 """The grid of ``N`` steps on which a teacher's Euler steps err least, by dynamic programming (BOSS, Nguyen et al.
-2312.16414, section 3.2).
+2312.16414).
 
 A fine Euler trajectory ``x_0, ..., x_K`` of the teacher with velocities ``v_i`` is solved once; a long step from node
 ``i`` to node ``j`` of it costs ``C_ij = E || x_i + (t_j - t_i) v_i - x_j ||^2 / D``, and the grid is the cheapest path

@@ -33,7 +33,7 @@ def snr_plus_one_weight(t_B: Tensor) -> Tensor:
 
 
 def truncated_snr_weight(t_B: Tensor) -> Tensor:
-    """``max(t^2, (1 - t)^2)``: the worse of data and noise (2202.00512, equation 9)."""
+    """``max(t^2, (1 - t)^2)``: the worse of data and noise (2202.00512, section 4)."""
     return torch.maximum(t_B, 1 - t_B) ** 2
 
 

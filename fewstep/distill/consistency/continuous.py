@@ -102,7 +102,7 @@ class ContinuousConsistency(Objective):
         return Tangent(at.velocity(x_t, net), at.cos**2 * rest - k * at.cos * at.sin * along)
 
     def normalised(self, g: Tensor) -> Tensor:
-        """About as long for every sample (section 4.1)."""
+        """About as long for every sample (section 4)."""
         return g / (expand(root_mean_square(g), g) + self.normalise)
 
     def warmed(self, step: int) -> float:

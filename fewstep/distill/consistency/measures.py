@@ -47,7 +47,7 @@ def step_length(hop: Hop) -> Tensor:
 
 
 def noise_step(hop: Hop) -> Tensor:
-    """``sigma_t - sigma_q`` (Song and Dhariwal 2310.14189, section 3.5)."""
+    """``sigma_t - sigma_q`` (Song and Dhariwal 2310.14189, section 3.1)."""
     return noise_level(hop.t) - noise_level(hop.q)
 
 

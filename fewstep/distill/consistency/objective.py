@@ -68,7 +68,7 @@ class ConsistencyMatching(TargetedObjective):
     not compared. ``f'`` is an exponential moving average of the student with decay ``target_decay`` (0: the student
     itself), or ``decay_at(step)`` where it is to change; ``frozen`` answers in its place below a time.
 
-    ``b = 0`` is the consistency model of Song et al. (2303.01469, definition 1 and algorithms 2 and 3), whose network
+    ``b = 0`` is the consistency model of Song et al. (2303.01469, algorithms 2 and 3), whose network
     has no second time; segments are those of phased consistency (2405.18407) and Consistency-FM (2407.02398).
     """
 

@@ -63,7 +63,7 @@ NODES: dict[str, Nodes] = {"uniform": even_nodes, "karras": karras_nodes}
 @dataclass(frozen=True)
 class GridSteps:
     """Neighbouring nodes of a grid, ``b = 0``: each interval alike, or with the probability that ``ln sigma ~ N(mean,
-    std^2)`` gives it (Song and Dhariwal 2310.14189, equation 10), for ``log_normal = (mean, std)``."""
+    std^2)`` gives it (Song and Dhariwal 2310.14189, section 3.5), for ``log_normal = (mean, std)``."""
 
     nodes: Nodes
     intervals: Intervals
@@ -89,10 +89,10 @@ def interval_masses(sigma: Tensor, mean: float, std: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SegmentSteps:
-    """Neighbouring nodes of a grid whose every ``count``-th part is a segment (Wang et al. 2405.18407, section 4).
+    """Neighbouring nodes of a grid whose every ``count``-th part is a segment (Wang et al. 2405.18407).
 
     Of several ``counts`` each sample draws one, and ``b`` is the end of its segment in that grid, lowered by up to the
-    share ``shrink`` (Wang et al. 2409.01347, section 3.2). The grid is the coarsest that holds the ends, of at least
+    share ``shrink`` (Wang et al. 2409.01347). The grid is the coarsest that holds the ends, of at least
     ``intervals`` intervals. With the one count 1 it is consistency distillation.
     """
 
@@ -114,9 +114,9 @@ class SegmentSteps:
 
 @dataclass(frozen=True)
 class LevelSteps:
-    """``sigma`` to ``sigma max(0, 1 - n(sigma) a)`` with ``n = 1 + 8 sigmoid(-sigma)`` (Geng et al. 2406.14548, section
-    4), ``b = 0``. ``share`` is ``a`` of an optimiser step. Where nothing is left, the target is the data point itself.
-    """
+    """``sigma`` to ``sigma max(0, 1 - n(sigma) a)`` with ``n = 1 + 8 sigmoid(-sigma)`` (Geng et al.
+    2406.14548), ``b = 0``. ``share`` is ``a`` of an optimiser step. Where nothing is left, the target is the data point
+    itself."""
 
     times: Times
     share: Callable[[int], float]
@@ -149,7 +149,7 @@ class StageShare:
 @dataclass(frozen=True)
 class TruncatedSteps:
     """The steps of ``levels``, whose times begin at ``boundary``, and on the share ``boundary_fraction`` of rows ``t =
-    boundary`` itself (Lee et al. 2410.14895, section 3.2).
+    boundary`` itself (Lee et al. 2410.14895).
 
     The mean loss is that of the former plus ``boundary_weight`` times that of the latter, whatever their shares.
     """
@@ -170,7 +170,7 @@ class TruncatedSteps:
 
 @dataclass(frozen=True)
 class ConstantSteps:
-    """``t`` uniform and ``q = t - length``, in ``segments`` equal ones (Yang et al. 2407.02398, section 3.2); where
+    """``t`` uniform and ``q = t - length``, in ``segments`` equal ones (Yang et al. 2407.02398); where
     ``q`` would lie beyond the segment or below ``near_data``, it is the segment's end, hence a point that is known."""
 
     segments: int
