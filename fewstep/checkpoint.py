@@ -315,7 +315,8 @@ class RunDirectory:
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         check_folder(self.path)
-        if resume and not checkpoints(self.checkpoints) and not any(self.checkpoints.glob(".step-*.old")):
+        begun = (self.path / "pairs").is_dir()  # which are made before the first step
+        if resume and not begun and not checkpoints(self.checkpoints) and not any(self.checkpoints.glob(".step-*.old")):
             remedy = ": start again with --overwrite" if (self.path / "status.json").is_file() else ""
             raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}{remedy}")
         if resume or not self.path.exists() or all(is_temporary(child) for child in self.path.iterdir()):

@@ -20,6 +20,7 @@ from fewstep.distill.config import ObjectiveConfig, TrainConfig
 from fewstep.distill.consistency.config import ConsistencyBlock, ConsistencyFlowMatchingConfig
 from fewstep.distill.flow_maps.config import EulerianBlock, FlowMapBlock, RegressionBlock, ShortcutConfig
 from fewstep.distill.progressive_config import ProgressiveConfig
+from fewstep.distill.reflow.config import PiecewiseReflowConfig, ReflowConfig
 from fewstep.errors import UsageError, nearest
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.students.config import StudentConfig
@@ -36,6 +37,8 @@ TRAINS = {
     "phased_consistency": "average_velocity",
     "consistency_flow_matching": "average_velocity",
     "self_corrected": "consistency",
+    "reflow": "velocity",
+    "piecewise_reflow": "velocity",
     "meanflow": "average_velocity",
     "improved_meanflow": "average_velocity",
     "modular_meanflow": "average_velocity",
@@ -85,9 +88,8 @@ class RunConfig(Block):
         needs_teacher = kind != "flow_matching" and (warm or not from_data)
         if needs_teacher and self.teacher is None:
             raise ValueError(f"objective {kind} needs a teacher block")
-        segments = self.objective if isinstance(self.objective, ConsistencyFlowMatchingConfig) else None
-        straight = segments is not None and segments.straight_steps > 0
-        if (kind in ("progressive", "truncated_consistency") or straight or warm) and self.train.ema_snapshot_every:
+        segments = isinstance(self.objective, ConsistencyFlowMatchingConfig)
+        if (warm or self._has_stages()) and self.train.ema_snapshot_every:
             staged = "a warm start" if warm else f"objective {kind}"
             raise ValueError(f"train.ema_snapshot_every has no meaning over the stages of {staged}")
         if kind == "flow_matching" and self.teacher is not None:
@@ -101,7 +103,7 @@ class RunConfig(Block):
         one_sided = isinstance(self.objective, EulerianBlock) and self.objective.jvp == "one_sided"
         if one_sided and self.train.precision != "fp32":
             raise ValueError("objective.jvp one_sided needs train.precision fp32: it is a difference of outputs")
-        if segments is not None and self.train.precision != "fp32":
+        if segments and self.train.precision != "fp32":
             raise ValueError(f"objective {kind} needs train.precision fp32: it compares points that are close")
         if self.student.guidance_input and guidance is None:
             raise ValueError(
@@ -120,6 +122,17 @@ class RunConfig(Block):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{place} is {value}: numbers have to be finite")
         return self
+
+    def _has_stages(self) -> bool:
+        """Whether training is several stages by itself, without a warm start."""
+        objective = self.objective
+        if isinstance(objective, ReflowConfig):
+            return objective.rounds > 1 or objective.distil_steps is not None
+        if isinstance(objective, PiecewiseReflowConfig):
+            return len(objective.windows) > 1
+        if isinstance(objective, ConsistencyFlowMatchingConfig):
+            return objective.straight_steps > 0
+        return objective.kind in ("progressive", "truncated_consistency")
 
 
 def recipe_names() -> list[str]:

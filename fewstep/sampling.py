@@ -121,6 +121,24 @@ ALWAYS: Window = (0.0, 1.0)
 """Times from the lower to the higher, both included, in which something acts."""
 
 
+@torch.no_grad()
+def sample_fixed_noise(field: VelocityField, noise: Tensor, times: Tensor, label_B: Tensor | None = None) -> Samples:
+    """``x_s = (1 - s) xhat + s e``, ``xhat = x_t - t v(x_t, t)`` and ``e`` the first noise (Lee et al. 2405.20320,
+    section 4.4): every step goes back to the line that the sample began on. On a straight flow it is Euler's.
+
+    From ``times[0] = 1`` along a decreasing grid ``times [N + 1]``; one call per step.
+    """
+    _check_grid(times)
+    if times[0] != 1:
+        raise ValueError(f"a fixed noise is that of t = 1, the grid begins at {float(times[0]):g}")
+    x = noise
+    for t, r in pairwise(times):
+        t_B = _full(t, x)
+        xhat = LINEAR.data_from_velocity(x, field(x, t_B, label_B), t_B)
+        x = LINEAR.sample(xhat, noise, _full(r, x)).x_t
+    return Samples(x, (len(times) - 1) * field.nfe)
+
+
 class Sampler(Protocol):
     """A model together with its sampling rule and the source of its noise: all that evaluation needs to know of it."""
 
@@ -197,6 +215,61 @@ class MapSampler:
 
     def _map(self, steps: int) -> FlowMap:
         return self.maps[steps] if steps in self.maps else self.maps[0]
+
+
+@dataclass(frozen=True)
+class ServedField:
+    """A student's velocity field and the numbers of steps that it serves: any (``steps`` 0), exactly ``steps``, or
+    ``steps`` and its ``multiples``."""
+
+    field: VelocityField
+    steps: int = 0
+    multiples: bool = False
+
+    def serves(self, steps: int) -> bool:
+        return self.steps == 0 or steps == self.steps or (self.multiples and steps % self.steps == 0)
+
+    def says(self) -> str:
+        return f"{self.steps} steps and multiples" if self.multiples else f"{self.steps}" if self.steps else "any"
+
+
+VelocityRule = Literal["euler", "heun", "midpoint", "fixed_noise"]
+
+
+@dataclass(frozen=True)
+class FieldSampler:
+    """Velocity fields of a student by the numbers of steps they serve, on uniform grids.
+
+    Of those that serve a number the one made for most steps is taken. ``rule`` is how a field for any number is
+    sampled: by a solver, or with the noise held fixed. One that was made for its own nodes takes Euler steps on them.
+    """
+
+    fields: tuple[ServedField, ...]
+    rule: VelocityRule = "euler"
+    source: Source = gaussian
+
+    @property
+    def name(self) -> str:
+        return self.rule if any(each.steps == 0 for each in self.fields) else "euler"
+
+    def serving(self, steps: int) -> ServedField:
+        """The field for a number of steps; ``ValueError`` if there is none."""
+        uniform_grid(steps)
+        found = [each for each in self.fields if each.serves(steps)]
+        if not found:
+            allowed = ", ".join(each.says() for each in sorted(self.fields, key=lambda each: each.steps))
+            raise ValueError(f"this student was trained for {allowed}, not for {steps} steps")
+        return max(found, key=lambda each: each.steps)
+
+    def check(self, steps: int) -> None:
+        self.serving(steps)
+
+    def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples:
+        served, times = self.serving(steps), uniform_grid(steps)
+        rule = "euler" if served.steps else self.rule
+        if rule == "fixed_noise":
+            return sample_fixed_noise(served.field, noise, times, label_B)
+        return sample_ode(served.field, noise, times, label_B, rule)
 
 
 def _name(rule: str, window: Window) -> str:

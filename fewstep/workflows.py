@@ -11,15 +11,19 @@ from torch import Tensor
 
 from fewstep.checkpoint import DATA_MEAN, RunDirectory, read_model, write_model
 from fewstep.config import RunConfig, config_yaml, load_config, read_config, recipe_names
-from fewstep.data.config import DataConfig
+from fewstep.data.config import DataConfig, DigitsConfig
 from fewstep.data.dataset import Dataset
 from fewstep.data.detect import data_config, detect
 from fewstep.data.encoded import Reported, unreported
 from fewstep.data.inspect import Inspection, inspect
 from fewstep.data.load import load_data
+from fewstep.data.pairs import META, shards_of
 from fewstep.data.paths import expanded
 from fewstep.data.prepare import prepare
 from fewstep.distill.averages import rebuilt, tracked
+from fewstep.distill.reflow.config import PairsSettings
+from fewstep.distill.reflow.pairs import Share, guided_by, make_pairs, request_of
+from fewstep.distill.train import make_accelerator
 from fewstep.encode import prepare_latents
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
@@ -28,13 +32,13 @@ from fewstep.evaluation.features import FeatureExtractor, build_extractor
 from fewstep.evaluation.reference import check_takes, feature_moments, write_statistics
 from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
-from fewstep.files import check_folder, write_atomic, write_json
-from fewstep.sampling import OdeSampler, Solver
+from fewstep.files import check_folder, read_json, write_atomic, write_json
+from fewstep.sampling import FieldSampler, OdeSampler, Solver
 from fewstep.sources import SOURCES
 from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes_guidance, with_guidance
 from fewstep.students.maps import GuidanceInput
 from fewstep.students.model_card import model_readme
-from fewstep.teachers.config import TeacherConfig
+from fewstep.teachers.config import RunTeacher, TeacherConfig
 from fewstep.teachers.load import Teacher, load_teacher
 
 
@@ -239,7 +243,9 @@ def _candidate(model: LoadedModel, steps: tuple[int, ...]) -> Candidate:
 
 
 def _with_solver(model: LoadedModel, solver: Solver) -> LoadedModel:
-    """The same teacher under another solver; a student has no solver: ``UsageError``."""
+    """The same teacher, or straightened flow, under another solver; other students have none: ``UsageError``."""
+    if isinstance(model.sampler, FieldSampler) and any(each.steps == 0 for each in model.sampler.fields):
+        return replace(model, sampler=replace(model.sampler, rule=solver))
     if not isinstance(model.sampler, OdeSampler):
         raise UsageError(f"{model.name} is a student with its own sampling rule: --solver is for teachers")
     return replace(model, sampler=replace(model.sampler, solver=solver))
@@ -342,6 +348,56 @@ def prepare_data(
     return prepare_latents(
         config, encoder, out, device=default_device(), shard_size=shard_size, overwrite=overwrite, report=report
     )
+
+
+def solve_pairs(
+    run: Path,
+    out: Path,
+    *,
+    count: int,
+    solver: Solver,
+    steps: int,
+    guidance: float,
+    window: tuple[float, float],
+    seed: int,
+    batch_size: int,
+    shard_size: int,
+    overwrite: bool,
+    resume: bool,
+    report: Reported = unreported,
+) -> dict[str, Any]:
+    """Make pairs with a finished run's velocity field, in as many processes as were launched; returns their
+    ``meta.json``. ``report`` hears of this process's share."""
+    accelerator = make_accelerator()
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    said = read_model(run).card["data"]
+    data = Dataset(said["name"], torch.empty(0, *said["shape"]), None, said["num_classes"], said["kind"])
+    teacher = load_teacher(RunTeacher(path=str(run)), DigitsConfig(), data, accelerator.device)
+    field = guided_by(teacher, guidance, window)
+    request = request_of(
+        PairsSettings(count=count, solver=solver, steps=steps, shard_size=shard_size),
+        data,
+        teacher=teacher.name,
+        teacher_digest=teacher.digest,
+        source=teacher.noise.source,
+        seed=seed,
+        guidance=guidance,
+        window=window,
+    )
+    own = sum(shard.count for shard in shards_of(request)[share.rank :: share.world])
+    made = make_pairs(
+        out,
+        request,
+        field,
+        batch_size=batch_size,
+        device=accelerator.device,
+        resume=resume,
+        overwrite=overwrite,
+        share=share,
+    )
+    for done in made:
+        report(done, own)
+    return read_json(out / META)
 
 
 def data_statistics(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.commands.shared import AsJson, user_errors
+from fewstep.commands.shared import AsJson, SolverChoice, user_errors
 from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import UsageError
 
@@ -122,6 +122,72 @@ def data_prepare(
         say(f"{meta['count']} {meta['kind']} of {shape} in {shards} shard{'s' if shards > 1 else ''} -> {out}")
         if as_json:
             emit_json({"data": str(out), **meta})
+
+
+@data_app.command("pairs")
+def data_pairs(
+    teacher: Annotated[
+        Path, typer.Argument(help="The run of a teacher, or of a straightened flow.", metavar="TEACHER")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pairs.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of pairs.")],
+    solver: Annotated[SolverChoice, typer.Option("--solver", help="Solver of the teacher's flow.")] = SolverChoice.heun,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Its steps.")] = 64,
+    guidance: Annotated[
+        float, typer.Option("--guidance", min=0, help="Scale, 1 is off: for teachers with classes.")
+    ] = 1.0,
+    window: Annotated[
+        str, typer.Option("--window", help="Times in which --guidance acts, for example 0.1,0.8.")
+    ] = "0,1",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Pair i comes from (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pairs that are solved at a time.")] = 1024,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Pairs per file.")] = 16_384,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make the pairs that lie at --out again.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call has left at --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Solve a teacher's flow from noise and keep both ends: what objective reflow trains on.
+
+    Several processes (torchrun, accelerate launch) make files of their own, of the same bytes as one would.
+
+    Example: fewstep data pairs runs/digits-teacher --out pairs --n 50000
+    """
+    with user_errors():
+        times = _window(window)
+        from fewstep.launch import is_main_process
+        from fewstep.workflows import solve_pairs
+
+        with meter("pairs", show=is_main_process()) as shown:
+            meta = solve_pairs(
+                teacher,
+                out,
+                count=n,
+                solver=solver.value,
+                steps=steps,
+                guidance=guidance,
+                window=times,
+                seed=seed,
+                batch_size=batch_size,
+                shard_size=shard_size,
+                overwrite=overwrite,
+                resume=resume,
+                report=lambda done, total: shown.update(done, total, "pairs"),
+            )
+        if not is_main_process():
+            return
+        say(f"{meta['count']} pairs of {meta['teacher']} by {meta['steps']} {meta['solver']} steps -> {out}")
+        if as_json:
+            emit_json({"pairs": str(out), **meta})
+
+
+def _window(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--window takes two times separated by a comma, got '{text}'") from None
+    if not 0 <= low <= high <= 1:
+        raise UsageError(f"--window takes two times in [0, 1], the lower first, got '{text}'")
+    return low, high
 
 
 @data_app.command("stats")

@@ -105,6 +105,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    noise: Rows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,6 +129,7 @@ class Dataset:
             label=None if self.label is None else self.label.to(device),
             mirrored=self.mirrored.to(device) if self.flip and self.mirrored is not None else None,
             latent=None if self.latent is None else self.latent.to(device),
+            noise=None if self.noise is None else self.noise.to(device),
         )
 
     def samples(self, rows: Tensor) -> Tensor:
@@ -141,12 +143,14 @@ class Dataset:
 @dataclass(frozen=True)
 class Batch:
     """Samples ``x [B, *D]``, labels ``[B]`` or None, each sample's place ``index [B]`` in the global batch and its row
-    ``row [B]`` in the data set (None for a batch that comes from none)."""
+    ``row [B]`` in the data set (None for a batch that comes from none). ``noise [B, *D]`` belongs to pairs alone: the
+    noise that each sample is the solution of."""
 
     x: Tensor
     label: Tensor | None
     index: Tensor
     row: Tensor | None = None
+    noise: Tensor | None = None
 
     def split(self, parts: int) -> "list[Batch]":
         """Consecutive microbatches of equal size. ``ValueError`` where they cannot be equal."""
@@ -161,6 +165,7 @@ class Batch:
                 None if self.label is None else self.label[slice(k, k + size)],
                 self.index[slice(k, k + size)],
                 None if self.row is None else self.row[slice(k, k + size)],
+                None if self.noise is None else self.noise[slice(k, k + size)],
             )
             for k in range(0, len(self.x), size)
         ]
@@ -206,7 +211,7 @@ class BatchSource:
         key, x = Key(self.seed, step), stored.x
         if self._mirrors:
             x = torch.where(mirrors(key, self._index).reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1), x)
-        return Batch(self._data.decode(x, key, self._index), stored.label, self._index, stored.row)
+        return Batch(self._data.decode(x, key, self._index), stored.label, self._index, stored.row, stored.noise)
 
     def close(self) -> None:
         """End the thread that gathers, if there is one. It also ends with this object."""
@@ -258,11 +263,16 @@ class _Stored:
     x: Tensor
     label: Tensor | None
     row: Tensor
+    noise: Tensor | None = None
 
     def to(self, device: torch.device) -> "_Stored":
         """From page-locked memory the copies run while the device computes."""
-        label = None if self.label is None else self.label.to(device, non_blocking=True)
-        return _Stored(self.x.to(device, non_blocking=True), label, self.row.to(device, non_blocking=True))
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        row = self.row.to(device, non_blocking=True)
+        return _Stored(self.x.to(device, non_blocking=True), moved(self.label), row, moved(self.noise))
 
 
 @dataclass(frozen=True)
@@ -281,9 +291,10 @@ class _Gather:
             mirror = mirrors(Key(self.seed, step), self.order.index)
             x[mirror] = self.data.mirrored[rows[mirror]]
         label = None if self.data.label is None else self.data.label[rows]
+        noise = None if self.data.noise is None else gathered(self.data.noise, rows, pin=self.pin)
         if self.pin:
-            return _Stored(x, None if label is None else label.pin_memory(), rows.pin_memory())
-        return _Stored(x, label, rows)
+            return _Stored(x, None if label is None else label.pin_memory(), rows.pin_memory(), noise)
+        return _Stored(x, label, rows, noise)
 
 
 def _stays_on(device: torch.device, data: Dataset, resident: Residence) -> bool:
@@ -294,4 +305,5 @@ def _stays_on(device: torch.device, data: Dataset, resident: Residence) -> bool:
     if resident != "auto" or device.type != "cuda":
         return resident != "host"
     needed = size_bytes(data.x) + (size_bytes(data.mirrored) if data.flip and data.mirrored is not None else 0)
+    needed += 0 if data.noise is None else size_bytes(data.noise)
     return 2 * needed <= torch.cuda.mem_get_info(device)[0]

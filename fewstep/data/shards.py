@@ -7,7 +7,7 @@ shards nor on where it came from.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,11 @@ def map_tensors(shard: Path, keys: list[str]) -> dict[str, Tensor]:
 
 def verify(path: Path) -> None:
     """Read every shard and compare its digest with the one recorded: a ``UsageError`` names the first that differs."""
-    meta = read_meta(path)
+    verify_shards(path, read_meta(path))
+
+
+def verify_shards(path: Path, meta: Mapping[str, Any]) -> None:
+    """The same by a ``meta.json`` that has been read."""
     for shard in meta["shards"]:
         file = path / shard["file"]
         with file.open("rb") as content:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.block import Block
+from fewstep.block import Block, PathName
 from fewstep.distill.consistency.config import (
     ConsistencyConfig,
     ConsistencyFlowMatchingConfig,
@@ -30,6 +30,7 @@ from fewstep.distill.flow_maps.config import (
     TrajectoryConfig,
 )
 from fewstep.distill.progressive_config import ProgressiveConfig
+from fewstep.distill.reflow.config import PiecewiseReflowConfig, ReflowConfig
 from fewstep.distill.times_config import TimesConfig, UniformTimes
 from fewstep.teachers.config import NoiseConfig
 
@@ -53,8 +54,6 @@ class CurvatureConfig(Block):
 
 
 WeightingConfig = Annotated[NoWeighting | CurvatureConfig, Field(discriminator="kind")]
-
-PathName = Literal["linear", "cosine", "variance_preserving"]
 
 
 class FlowMatchingConfig(Block):
@@ -85,6 +84,8 @@ ObjectiveConfig = Annotated[
     | PhasedConsistencyConfig
     | ConsistencyFlowMatchingConfig
     | SelfCorrectedConfig
+    | ReflowConfig
+    | PiecewiseReflowConfig
     | MeanFlowConfig
     | ImprovedMeanFlowConfig
     | ModularMeanFlowConfig

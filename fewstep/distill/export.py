@@ -11,6 +11,7 @@ import fewstep
 from fewstep.checkpoint import DATA_MEAN, RunDirectory, Tensors, write_model
 from fewstep.config import RunConfig, config_yaml
 from fewstep.data.dataset import Dataset
+from fewstep.distill.reflow.config import PiecewiseReflowConfig, ReflowConfig
 from fewstep.environment import commit
 from fewstep.files import digest
 from fewstep.grids import Grid, uniform_nodes
@@ -45,7 +46,11 @@ def export(
         entries[str(serves)] = {"weights": file}
         if serves:
             entries[str(serves)]["times"] = list(grids.get(serves) or uniform_nodes(serves))
+        if isinstance(config.objective, PiecewiseReflowConfig):
+            entries[str(serves)]["multiples"] = True
     sampler: dict[str, Any] = {"sampler": RULES[config.student.kind], "steps": entries}
+    if config.student.kind == "velocity" and not is_teacher:
+        sampler["sampler"] = config.objective.sampler if isinstance(config.objective, ReflowConfig) else "euler"
     if is_teacher:
         sampler["solver"] = "euler"
     network = config.student.network or (teacher.network if teacher is not None else None)

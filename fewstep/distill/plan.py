@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.config import RunConfig
 from fewstep.data.dataset import Dataset
+from fewstep.data.paths import expanded
 from fewstep.distill.config import CurvatureConfig, FlowMatchingConfig, ProgressiveConfig
 from fewstep.distill.consistency.config import (
     ConsistencyFamilyConfig,
@@ -46,6 +47,10 @@ from fewstep.distill.objective import Objective, mean_square
 from fewstep.distill.optimised_grid import optimised_nodes, step_costs
 from fewstep.distill.progressive import ProgressiveStage, SolverMap, Told, stage_steps
 from fewstep.distill.progressive_config import OptimisedGrid
+from fewstep.distill.reflow.config import PiecewiseReflowConfig, PseudoHuberLoss, ReflowConfig
+from fewstep.distill.reflow.objective import PseudoHuber, Reflow, nodes
+from fewstep.distill.reflow.pairs import StagePairs, load_pairs, request_of
+from fewstep.distill.reflow.windows import PiecewiseReflow
 from fewstep.errors import UsageError
 from fewstep.flow import PATHS, FlowMap, TimeDomain, VelocityField
 from fewstep.grids import Grid, thinned, uniform_nodes
@@ -64,7 +69,9 @@ class Stage:
 
     ``serves`` is the number of sampling steps the stage's student is for, 0 for any; of stages with the same number the
     last one's student is kept. ``also`` are further numbers it is for. ``grid`` has the nodes it is sampled on,
-    ``serves + 1`` of them (none: any).
+    ``serves + 1`` of them (none: any). A stage may train on ``pairs`` instead of the data. What the next stage goes on
+    from, and is given as ``previous``, are the weights as they were trained last, or their average with
+    ``hands_on_average``.
     """
 
     name: str
@@ -73,6 +80,8 @@ class Stage:
     build: Callable[[nn.Module, nn.Module | None], Objective]
     grid: Grid = ()
     also: tuple[int, ...] = ()
+    pairs: StagePairs | None = None
+    hands_on_average: bool = False
 
 
 def plan(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
@@ -294,6 +303,78 @@ def _truncated_consistency(config: RunConfig, teacher: Teacher | None, data: Dat
     )
 
 
+def _reflow(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
+    objective = config.objective
+    assert isinstance(objective, ReflowConfig)
+    assert teacher is not None
+    settings = objective.pairs
+    folder = None if settings.path is None else expanded(settings.path)
+    given = None if folder is None else load_pairs(folder, teacher, data)
+
+    def pairs(number: int) -> StagePairs:
+        """Those of a stage: the teacher's in the first, those of the student before in the others."""
+        first = number == 0
+        request = request_of(
+            settings,
+            data,
+            teacher=teacher.name if first else f"{config.name}, round {number}",
+            teacher_digest=teacher.digest if first else "",
+            source=teacher.noise.source,
+            seed=config.seed,
+            round=number,
+            guidance=teacher.guidance if first else 1.0,
+        )
+        made = given if first else None
+        return StagePairs(f"round-{number + 1}", made, request, settings.batch_size, teacher.field if first else None)
+
+    def straighten(student: nn.Module, previous: nn.Module | None) -> Objective:
+        return Reflow(
+            student,
+            times=times_of(objective.times),
+            path=PATHS[objective.path],
+            prediction=objective.prediction,
+            loss=PseudoHuber(objective.loss.scale) if isinstance(objective.loss, PseudoHuberLoss) else mean_square,
+            falling=objective.time_weight == "falling",
+        )
+
+    steps, rounds, last = config.train.steps, objective.rounds, objective.distil_steps
+    stages = [
+        Stage(f"reflow {k + 1} of {rounds}", steps, 0, straighten, pairs=pairs(k), hands_on_average=True)
+        for k in range(rounds)
+    ]
+    if last is not None:
+
+        def distil(student: nn.Module, previous: nn.Module | None) -> Objective:
+            return Reflow(student, times=nodes(last))
+
+        name = f"distillation to {last} step{'s' if last > 1 else ''}"
+        stages.append(Stage(name, steps, last, distil, pairs=pairs(rounds)))
+    return tuple(stages)
+
+
+def _piecewise_reflow(config: RunConfig, teacher: Teacher | None, data: Dataset) -> tuple[Stage, ...]:
+    objective = config.objective
+    assert isinstance(objective, PiecewiseReflowConfig)
+    assert teacher is not None
+    field, noise = teacher.field, teachers_noise(teacher)
+
+    def stage(windows: int) -> Stage:
+        def build(student: nn.Module, previous: nn.Module | None) -> Objective:
+            return PiecewiseReflow(
+                student,
+                teacher=field,
+                windows=windows,
+                solver=objective.solver,
+                substeps=objective.solver_steps // windows,
+                direction=objective.direction,
+                noise=noise,
+            )
+
+        return Stage(f"{windows} window{'s' if windows > 1 else ''}", config.train.steps, windows, build)
+
+    return tuple(stage(windows) for windows in objective.windows)
+
+
 PLANS = {
     "flow_matching": _flow_matching,
     "progressive": _progressive,
@@ -305,6 +386,8 @@ PLANS = {
     "phased_consistency": _phased_consistency,
     "consistency_flow_matching": _consistency_flow_matching,
     "self_corrected": _consistency,
+    "reflow": _reflow,
+    "piecewise_reflow": _piecewise_reflow,
     "meanflow": _flow_map,
     "improved_meanflow": _flow_map,
     "modular_meanflow": _flow_map,

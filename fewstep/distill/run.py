@@ -1,6 +1,7 @@
 """A whole training run: load, train through the stages, checkpoint, export. Only this writes run directories."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from fewstep.distill.flow_maps.config import FlowMapBlock, TrajectoryConfig
 from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import Stage, first_steps, plan
 from fewstep.distill.progressive import check_same_grid
+from fewstep.distill.reflow.pairs import Share
 from fewstep.distill.shards import gathered
 from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
 from fewstep.distill.train import NonFiniteError, make_accelerator, over_processes, train
@@ -84,7 +86,7 @@ class _Position:
 def run_training(
     config: RunConfig, run: RunDirectory, *, resume: bool, overwrite: bool, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Progress]:
-    """Train as ``config`` says into ``run``, yielding after every optimiser step.
+    """Train as ``config`` says into ``run``, yielding after every optimiser step, and while pairs are made.
 
     When ``stopped()`` turns true, a checkpoint is saved and ``Interrupted`` raised. A loss or gradient that is not
     finite ends the run with the last good checkpoint named, a lack of memory with what to lower. Every fault is also
@@ -198,6 +200,12 @@ def _check_groups(config: RunConfig, teacher: Teacher | None, shares: int) -> No
                 f"a microbatch of {size} samples does not hold whole trajectories of {place} {nodes}: change that or "
                 "train.batch_size"
             )
+    if (
+        teacher is not None
+        and teacher.straightened
+        and config.objective.kind not in ("reflow", "trajectory", "free_flow")
+    ):
+        say("warning: the teacher's flow was straightened on pairs: mixtures of data with other noise are not on it")
     if noise.coupling.kind != "independent" and config.student.kind == "consistency":
         say("warning: the teacher pairs noise with data, so re-noising (more than 1 step) leaves its flow")
 
@@ -222,14 +230,19 @@ def _train_stages(
 ) -> Iterator[Progress]:
     settings, stages = config.train, request.stages
     starts = first_steps(stages)
-    source = BatchSource(
-        request.data,
-        settings.batch_size,
-        config.seed,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+
+    def batches(data: Dataset) -> BatchSource:
+        return BatchSource(
+            data,
+            settings.batch_size,
+            config.seed,
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+
+    source = batches(request.data)
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     # Every process takes part in gathering shards; what is not sharded the first one has by itself.
     gathers = accelerator.is_main_process or (settings.parallel == "fsdp2" and accelerator.num_processes > 1)
     begun = starts[position.stage] + position.done
@@ -251,6 +264,8 @@ def _train_stages(
         here = number == position.stage
         done, start = (position.done, position.start) if here else (0, None)
         if done == stage.steps:  # the checkpoint was this stage's last
+            if stage.hands_on_average and start is not None:
+                weights = start[f"ema-{settings.ema[0].name}"]
             previous_weights = weights
             continue
         # Fresh modules: sharding and compilation change the ones they are given for good.
@@ -258,6 +273,15 @@ def _train_stages(
         previous = None
         if previous_weights is not None:
             previous = freeze(_with_weights(request.student, previous_weights)).to(accelerator.device)
+        if stage.pairs is not None:
+            began = time.perf_counter()
+            for made in stage.pairs.make(run.path, previous, accelerator.device, share):
+                if stopped():
+                    at = starts[number]
+                    raise Interrupted(f"stopped at step {at} of {starts[-1]}; go on with --resume", at)
+                yield Progress(starts[number], starts[-1], f"{stage.name}: {made} pairs", {})
+            source = batches(stage.pairs.load(run.path, previous, accelerator.device))
+            seconds += time.perf_counter() - began
         before = seconds
         steps = train(
             stage.build(student, previous),
@@ -299,7 +323,8 @@ def _train_stages(
             raise NonFiniteError(f"{error}; {_remedy(error, run)}", samples=error.samples) from error
         shipped = state.emas[0].state(accelerator.is_main_process)
         exported[stage.serves] = {name: value.clone() for name, value in shipped.items()}
-        weights = {name: value.cpu() for name, value in gathered(student.state_dict()).items()}
+        kept = state.emas[0].state() if stage.hands_on_average else gathered(student.state_dict())
+        weights = {name: value.cpu() for name, value in kept.items()}
         previous_weights = weights
     if accelerator.is_main_process:
         for stage in stages:
@@ -405,7 +430,10 @@ def _resume(config: RunConfig, run: RunDirectory, request: Request) -> _Position
             f"the config differs from {run.path}/config.yaml: {'; '.join(changes[:3])}"
             f"{' and more' if len(changes) > 3 else ''}. Resume with the same config, or start again with --overwrite"
         )
-    path = checkpoints(run.checkpoints)[-1]
+    found = checkpoints(run.checkpoints)
+    if not found:  # stopped while pairs were made for the first stage
+        return _Position()
+    path = found[-1]
     checkpoint = read_checkpoint(path)
     state, groups = checkpoint.state, dict(checkpoint.groups)
     with damage_in(path):

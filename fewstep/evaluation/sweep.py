@@ -27,7 +27,7 @@ from fewstep.evaluation.speed import latency_ms
 from fewstep.evaluation.strips import samples_strip
 from fewstep.evaluation.transport import straightness, straightness_samples, wasserstein2
 from fewstep.keys import Key
-from fewstep.sampling import OdeSampler, Sampler
+from fewstep.sampling import FieldSampler, OdeSampler, Sampler
 
 K_PRECISION_RECALL = 3
 K_DENSITY_COVERAGE = 5
@@ -107,7 +107,8 @@ def sweep(
             )
             if candidate.role == "teacher" and anchor is None:
                 anchor = drawn.x
-            row = measure(candidate, steps, drawn, references, data, anchor, bent, seed=seed, device=device)
+            straight = None if _on_own_nodes(candidate.sampler, steps) else bent
+            row = measure(candidate, steps, drawn, references, data, anchor, straight, seed=seed, device=device)
             rows.append(row)
             report(row, len(rows), total)
     rows.sort(key=lambda row: (row.role != "teacher", [c.name for c in candidates].index(row.model), row.steps))
@@ -135,12 +136,22 @@ def draw(
 
 
 def straightness_of(sampler: Sampler, data: Dataset, seed: int, device: torch.device) -> float | None:
-    """How straight a velocity field's own paths are, from a few of the seed's samples; None for a flow map."""
-    if not isinstance(sampler, OdeSampler):
+    """How straight a velocity field's own paths are, from a few of the seed's samples; None for a flow map, and for a
+    field that is sampled on nodes of its own."""
+    if isinstance(sampler, FieldSampler):
+        field = next((each.field for each in sampler.fields if each.steps == 0), None)
+    else:
+        field = sampler.field if isinstance(sampler, OdeSampler) else None
+    if field is None:
         return None
     index = torch.arange(straightness_samples(math.prod(data.shape)), device=device)
     noise = sampler.source(Key(seed), "noise", index, data.shape)
-    return straightness(sampler.field, noise, index % data.num_classes if data.num_classes else None)
+    return straightness(field, noise, index % data.num_classes if data.num_classes else None)
+
+
+def _on_own_nodes(sampler: Sampler, steps: int) -> bool:
+    """Whether a field that was made for certain nodes gives the samples: how straight another one is says nothing."""
+    return isinstance(sampler, FieldSampler) and sampler.serving(steps).steps != 0
 
 
 def measure(

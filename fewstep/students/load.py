@@ -12,7 +12,7 @@ from fewstep.errors import UsageError
 from fewstep.flow import ANY_JUMP, FlowMap, TimeDomain
 from fewstep.grids import check_grid
 from fewstep.networks.build import network_from_card, parameter_count
-from fewstep.sampling import SOLVERS, MapSampler, OdeSampler, Sampler
+from fewstep.sampling import SOLVERS, FieldSampler, MapSampler, OdeSampler, Sampler, ServedField
 from fewstep.sources import SOURCES, Source
 from fewstep.students.maps import AverageVelocityMap, ConsistencyMap, GuidanceInput
 from fewstep.teachers.config import NoiseConfig
@@ -99,15 +99,28 @@ def _source(exported: ExportedModel) -> Source:
     return SOURCES[NoiseConfig.model_validate(exported.card.get("noise", {})).source]
 
 
-def _sampler(exported: ExportedModel, device: torch.device) -> OdeSampler | MapSampler:
+def _sampler(exported: ExportedModel, device: torch.device) -> OdeSampler | MapSampler | FieldSampler:
     role, spec = exported.card["role"], exported.sampler
     if role == "teacher":
         if spec["solver"] not in SOLVERS:
             raise ValueError(f"solver {spec['solver']!r}")
         return OdeSampler(NetworkField(_network(exported, "model.safetensors", device)), spec["solver"])
+    if role == "student" and exported.card["student"] == "velocity":
+        if spec["sampler"] not in (*SOLVERS, "fixed_noise"):
+            raise ValueError(f"sampler {spec['sampler']!r}")
+        return FieldSampler(_fields(exported, device), spec["sampler"])
     if role != "student" or spec["sampler"] not in ("jumps", "renoise"):
         raise ValueError(f"role {role!r} with sampler {spec['sampler']!r}")
     return MapSampler(_maps(exported, device), spec["sampler"])
+
+
+def _fields(exported: ExportedModel, device: torch.device) -> tuple[ServedField, ...]:
+    return tuple(
+        ServedField(
+            NetworkField(_network(exported, entry["weights"], device)), int(steps), bool(entry.get("multiples", False))
+        )
+        for steps, entry in exported.sampler["steps"].items()
+    )
 
 
 def _maps(exported: ExportedModel, device: torch.device) -> dict[int, FlowMap]:

@@ -9,8 +9,11 @@ def model_readme(card: Mapping[str, Any], sampler: Mapping[str, Any]) -> str:
     steps = sorted(int(count) for count in sampler["steps"])
     if card["role"] == "teacher":
         serves = "a velocity field; any number of solver steps"
-    elif steps == [0]:
-        serves = "any number of steps"
+    elif steps[0] == 0:
+        exact = ", ".join(str(count) for count in steps[1:])
+        serves = "any number of steps" + (f"; a network of its own for {exact}" if exact else "")
+    elif any(entry.get("multiples") for entry in sampler["steps"].values()):
+        serves = ", ".join(str(count) for count in steps) + " steps and multiples"
     else:
         serves = "exactly " + ", ".join(str(count) for count in steps) + " steps"
     lines = [

@@ -39,7 +39,8 @@ class Teacher:
     ``net`` and ``network`` are None for an analytic teacher; ``digest`` identifies the weights (or the formula).
     ``noise`` is what it was trained on, ``contrast`` the pair of velocities that guidance acts between, where there is
     one (the class against none, or the teacher against a weaker one), before any guidance. ``device`` is where it is
-    evaluated.
+    evaluated. ``straightened`` says that it was a student of pairs: its states on the way are not mixtures of any noise
+    with any data.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Teacher:
     noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
     contrast: ClassContrast | WeakContrast | None = None
     device: torch.device = CPU
+    straightened: bool = False
 
 
 def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, device: torch.device) -> Teacher:
@@ -73,7 +75,7 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
     if config.weak is not None:
         weak = _network(Path(config.weak), config, data, device)
         contrast, identity = WeakContrast(main.field, weak.field), digest((main.digest + weak.digest).encode())
-    elif data.num_classes:
+    elif data.num_classes and not main.straightened:
         contrast = ClassContrast(main.field, data.num_classes)
     return Teacher(
         name=main.name,
@@ -85,6 +87,7 @@ def _trained(config: RunTeacher, data: Dataset, device: torch.device) -> Teacher
         params=parameter_count(main.net),
         noise=main.noise,
         contrast=contrast,
+        straightened=main.straightened,
     )
 
 
@@ -98,6 +101,7 @@ class _Trained:
     network: NetworkConfig
     digest: str
     noise: NoiseConfig
+    straightened: bool
 
 
 def _network(path: Path, config: RunTeacher, data: Dataset, device: torch.device) -> _Trained:
@@ -108,8 +112,13 @@ def _network(path: Path, config: RunTeacher, data: Dataset, device: torch.device
         raise UsageError(f"the teacher {path} has not been trained: run `{command}` first")
     exported = read_model(path)
     card = exported.card
-    if card["role"] != "teacher":
+    straightened = card["role"] == "student" and card["student"] == "velocity"
+    if card["role"] != "teacher" and not straightened:
         raise UsageError(f"{path} holds a student ({card['objective']}), not a teacher")
+    if straightened and (config.guidance != 1 or config.weak is not None):
+        raise UsageError(
+            f"{path} holds a straightened flow, which has its guidance built in: leave teacher.guidance at 1"
+        )
     trained_on = card["data"]
     if (trained_on["name"], trained_on["shape"], trained_on["num_classes"]) != (
         data.name,
@@ -136,7 +145,7 @@ def _network(path: Path, config: RunTeacher, data: Dataset, device: torch.device
         if card.get("contrast") and config.correct_contrast:
             field = CorrectedField(field, card["contrast"], exported.weights(DATA_MEAN)["mean"].to(device))
             name += " (corrected)"
-    return _Trained(name, field, net, network, exported.digest(), noise)
+    return _Trained(name, field, net, network, exported.digest(), noise, straightened)
 
 
 def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
