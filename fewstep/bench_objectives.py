@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -180,9 +180,14 @@ def bench_objectives(
             workshop = _Workshop(Path(folder), size, shape, classes, batch_size, device)
             error = _textbook_error(workshop) if any(each.name == TEXTBOOK for each in chosen) else None
             objectives = {variant.name: workshop.objective(variant).to(device) for variant in chosen}
-            batch = workshop.source().batch
+            source, pairs = (workshop.source(pairs=pairs) for pairs in (False, True))
             steps = {
-                name: bare_training(objective, batch, workshop.config(variants()[name]).train, seed=0)
+                name: bare_training(
+                    objective,
+                    (pairs if variants()[name].kind == "reflow" else source).batch,
+                    workshop.config(variants()[name]).train,
+                    seed=0,
+                )
                 for name, objective in objectives.items()
             }
             for each in steps.values():
@@ -325,11 +330,15 @@ class _Workshop:
             return Textbook(student, config.objective)
         return request.stages[0].build(student, None)
 
-    def source(self) -> BatchSource:
+    def source(self, *, pairs: bool = False) -> BatchSource:
+        """Batches of the data; as ``pairs`` they come with noise of their own."""
         config = self.config(variants()[REFERENCE])
         run = RunDirectory(self._folder / "run")
         request = check_training(config, run, self._device, processes=1, resume=False, overwrite=False)
-        return BatchSource(request.data, self._batch_size, 0, device=self._device)
+        data = request.data
+        if pairs:
+            data = replace(data, noise=Key(0).normal("pairs", torch.arange(len(data.x)), data.shape))
+        return BatchSource(data, self._batch_size, 0, device=self._device)
 
 
 def _textbook_error(workshop: _Workshop) -> float:

@@ -230,10 +230,11 @@ def check_noise(pairs: Pairs) -> None:
     keyed = request.noise(rows)
     in_place, swapped = (_close(values[rows], keyed) for values in (data.noise, data.x))
     (e_mean, e_variance, e_like), (_, _, x_like) = (_statistics(values, request) for values in (data.noise, data.x))
-    if not in_place and (swapped or (x_like and not e_like)):
+    if swapped and not in_place:
         raise UsageError(f"{where}: noise and solutions are swapped, x being the noise of seed {request.seed}")
     if not e_like:
-        raise UsageError(f"{where}: its noise has mean {e_mean:.3g} and variance {e_variance:.3g}, not 0 and 1")
+        hint = "; its x has those: are noise and solutions swapped?" if x_like else ""
+        raise UsageError(f"{where}: its noise has mean {e_mean:.3g} and variance {e_variance:.3g}, not 0 and 1{hint}")
     if not in_place:
         raise UsageError(f"{where}: its noise is not what seed {request.seed} draws: these are pairs of something else")
     label = request.label(torch.arange(request.count))

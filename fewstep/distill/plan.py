@@ -367,6 +367,7 @@ def _piecewise_reflow(config: RunConfig, teacher: Teacher | None, data: Dataset)
                 solver=objective.solver,
                 substeps=objective.solver_steps // windows,
                 direction=objective.direction,
+                start_share=objective.start_share,
                 noise=noise,
             )
 

@@ -65,6 +65,8 @@ ALIKE = (
     "align_your_flow",
     "align_your_flow_lagrangian",
     "trajectory",
+    "two_rectified",
+    "piecewise_reflow",
 )
 """Nothing in these that the others do not have: each rule is there once, a target network, one more network that is
 trained, one that is frozen, and a weight that learns."""
@@ -83,7 +85,7 @@ def gradients(objective: Objective, config: TrainConfig, accelerator: Accelerato
     sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
     prepared = trainer._distribute(objective, accelerator, sharded=sharded)
     source = BatchSource(
-        digits(),
+        tiny.paired_digits(),
         config.batch_size,
         tiny.SEED,
         device=accelerator.device,

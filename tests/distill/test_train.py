@@ -266,7 +266,7 @@ def test_ranks_share_the_batch(world: int) -> None:
 
 def test_averaged_gradients_of_the_ranks_are_the_whole_batchs() -> None:
     """In one process: what two ranks would average is the gradient of the undivided batch, for every objective."""
-    data = digits()
+    data = tiny.paired_digits()
     for build in tiny.OBJECTIVES.values():
         objective = build()
         parameters = list(objective.student.parameters())

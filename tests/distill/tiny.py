@@ -1,6 +1,7 @@
 """Tiny training runs on the shipped digits, shared by the tests of the trainer and of the golden losses."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fewstep.checkpoint import Tensors
-from fewstep.data.dataset import BatchSource
+from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import digits
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.consistency.config import ConsistencyFamilyConfig, TruncatedConsistencyConfig
@@ -22,15 +23,18 @@ from fewstep.distill.flow_maps.methods import Given, objective_of
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import Objective
 from fewstep.distill.progressive import ProgressiveStage, SolverMap
+from fewstep.distill.reflow.objective import PseudoHuber, Reflow
+from fewstep.distill.reflow.windows import PiecewiseReflow
 from fewstep.distill.train import TrainState, make_accelerator, train
 from fewstep.flow import VelocityField
 from fewstep.grids import uniform_nodes
+from fewstep.keys import Key
 from fewstep.networks.build import build_network
 from fewstep.networks.config import MLPConfig
 from fewstep.teachers.guided import guided
 from fewstep.teachers.load import Teacher
 from fewstep.teachers.network import NetworkField, freeze
-from fewstep.times import logit_normal
+from fewstep.times import logit_normal, u_shaped
 
 CONFIG = TrainConfig(
     batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=3, weight_decay=0.5, grad_clip=0.5, ema=(0.9, 0.5)
@@ -100,6 +104,25 @@ def truncated_consistency() -> Objective:
     return truncated_stage(TruncatedConsistencyConfig(stages=3), consistency_given(student()), previous)
 
 
+def reflow() -> Objective:
+    return Reflow(network(two_times=False), times=logit_normal(0.0, 1.0))
+
+
+def two_rectified() -> Objective:
+    return Reflow(network(two_times=False), times=u_shaped(4.0), loss=PseudoHuber(0.00054), falling=True)
+
+
+def piecewise_reflow() -> Objective:
+    net = network(two_times=False)
+    return PiecewiseReflow(net, teacher=teacher_field(), windows=4, solver="heun", substeps=2, direction=0.1)
+
+
+def paired_digits() -> Dataset:
+    """The digits with a noise for each, for those objectives that train on pairs; the others do not look at it."""
+    data = digits()
+    return replace(data, noise=Key(SEED).normal("pairs", torch.arange(len(data.x)), data.shape))
+
+
 KINDS = {config.model_fields["kind"].default: config for config in get_args(FlowMapConfig)}
 """The configs of the flow-map family."""
 
@@ -135,6 +158,9 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "phased_consistency": partial(consistency_method, "phased_consistency", segments=(1, 2, 3), nodes=8, shrink=0.2),
     "consistency_flow_matching": partial(consistency_method, "consistency_flow_matching", length=0.05),
     "self_corrected": partial(consistency_method, "self_corrected"),
+    "reflow": reflow,
+    "two_rectified": two_rectified,
+    "piecewise_reflow": piecewise_reflow,
     "improved_meanflow": partial(flow_map, "improved_meanflow"),
     "modular_meanflow": partial(flow_map, "modular_meanflow"),
     "alpha_flow": partial(flow_map, "alpha_flow"),
@@ -166,7 +192,7 @@ def run(
 ) -> Iterator[TrainState]:
     accelerator = accelerator or make_accelerator()
     source = BatchSource(
-        digits(),
+        paired_digits(),
         config.batch_size,
         SEED,
         device=accelerator.device,

@@ -74,8 +74,9 @@ class PiecewiseReflowConfig(Block):
     its share of ``solver_steps`` steps of the teacher and straightened by itself.
 
     Several numbers of windows are a curriculum (ProReflow, 2503.04824): a stage for each, of ``train.steps``, with a
-    fresh optimiser; ``direction`` is the weight of ``1 - cos(v, v*)`` beside the mean square. A stage serves as many
-    steps as it has windows, and multiples of that.
+    fresh optimiser; ``direction`` is the weight of ``1 - cos(v, v*)`` beside the mean square. ``start_share`` of the
+    rows are where a window starts, the others anywhere in it. A stage serves as many steps as it has windows, and
+    multiples of that.
     """
 
     kind: Literal["piecewise_reflow"] = "piecewise_reflow"
@@ -83,6 +84,7 @@ class PiecewiseReflowConfig(Block):
     solver: SolverName = "heun"
     solver_steps: int = Field(16, ge=1)
     direction: float = Field(0.0, ge=0)
+    start_share: float = Field(0.0, ge=0, lt=1)
 
     @field_validator("windows", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.checkpoint import Tensors, write_tensors
 from fewstep.data.dataset import Dataset
 from fewstep.data.pairs import (
+    REQUEST,
     Pairs,
     PairsRequest,
     begin_pairs,
@@ -221,7 +222,7 @@ class StagePairs:
             return
         field, request = self._made_with(previous)
         folder = run / "pairs" / self.folder
-        begun = folder.is_dir() and any(folder.iterdir())
+        begun = (folder / REQUEST).is_file()
         share.wait()  # all have looked
         if not is_finished(folder):
             yield from make_pairs(

@@ -24,6 +24,10 @@ class PiecewiseReflow(Objective):
     window, where only a part of the teacher's flow is left to be solved, by ``substeps`` steps. Guidance belongs to the
     teacher. ``direction`` is ProReflow's (Ke et al. 2503.04824): where the student has the right speed in a wrong
     direction. With one substep per window the student is taught the Euler teacher on the windows' nodes.
+
+    ``start_share`` of the rows are at ``t = S`` exactly. The student's velocity has to jump there, from one window's
+    chord to the next, and where its steps begin is where it counts: a network whose time embedding is smooth gives a
+    mean of both chords instead, unless that point weighs more than those just above it.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class PiecewiseReflow(Objective):
         solver: Solver,
         substeps: int,
         direction: float = 0.0,
+        start_share: float = 0.0,
         noise: Noise = gaussian_noise,
     ) -> None:
         super().__init__()
@@ -44,6 +49,7 @@ class PiecewiseReflow(Objective):
         self.solver = solver
         self.substeps = substeps
         self.direction = direction
+        self.start_share = start_share
         self.noise = noise
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
@@ -54,9 +60,10 @@ class PiecewiseReflow(Objective):
         x_end = solve(self.teacher, self.solver, x_start, start, end, batch.label, substeps=self.substeps)
         target = jump_target(x_start, x_end, start, end)
 
-        share = key.uniform("time", batch.index).to(torch.float32)
-        t = torch.lerp(end, start, share)
-        x_t = torch.lerp(x_end, x_start, expand(share, x_end).to(x_end.dtype))
+        u, at_start = key.uniform("time", batch.index), self.start_share
+        share = torch.where(u < at_start, 1.0, (u - at_start) / (1 - at_start)) if at_start else u
+        t = torch.lerp(end, start, share.to(torch.float32))
+        x_t = x_end + expand(t.to(x_end.dtype) - end.to(x_end.dtype), x_end) * target
         with keyed_dropout(self.student, key, batch.index):
             v = self.student(x_t, t, t, batch.label)
         residual = mean_square(v - target)
