@@ -324,6 +324,22 @@ def test_substeps_are_the_teachers_steps_through_the_window(solver: str, substep
         torch.testing.assert_close(x_t[row], (x + (float(t[row]) - start) * chord)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_share_of_rows_is_where_a_window_starts(share: float) -> None:
+    """There the state is the noised data itself; the other rows are anywhere in their window, evenly."""
+    index = torch.arange(4000)
+    batch = Batch(GAUSSIAN.sample(Key(1), index, (1,)).double(), None, index)
+    output = windowed(Chords(GAUSSIAN, 4), 4, start_share=share)(batch, KEY)
+    place = output.t_B.double() * 4
+    starts = place == place.round()
+    assert float(starts.double().mean()) == pytest.approx(share, abs=0.03)
+    within = (place - place.floor())[~starts]
+    assert float(within.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(within.min()) < 0.02
+    assert float(output.residual_B.max()) < 1e-24
+    assert {int(each) for each in (place[starts]).unique()} == ({1, 2, 3, 4} if share else set())
+
+
 def test_without_direction_progressive_reflow_is_piecewise_reflow() -> None:
     """To the bit, loss and gradient; with a weight, ``1 - cos`` comes on top."""
     teacher = PLANE

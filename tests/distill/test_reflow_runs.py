@@ -19,6 +19,7 @@ from fewstep.distill.reflow.windows import PiecewiseReflow
 from fewstep.distill.run import Interrupted, run_training
 from fewstep.errors import UsageError
 from fewstep.flow import COSINE
+from fewstep.keys import Key
 from fewstep.sampling import FieldSampler
 from fewstep.students.load import load_model
 from fewstep.teachers.config import RunTeacher
@@ -273,6 +274,24 @@ def test_windows_serve_their_number_and_multiples(whole: dict[str, Path], tmp_pa
     assert isinstance(served, FieldSampler)
     assert [served.serving(count).steps for count in (2, 4, 6, 8)] == [2, 4, 2, 4]
     assert isinstance(served.serving(2).field, NetworkField)
+
+
+def test_a_flow_may_be_sampled_with_its_noise_fixed(trained: Path, tmp_path: Path) -> None:
+    """Two steps go by the line to the first noise, as the exported rule says; another solver may be asked for."""
+    run = tmp_path / "run"
+    own = (*student(trained / "teacher"), PAIRS, "train.steps=2")
+    succeed("distill", "digits-two-rectified", *own, "--out", run)
+    assert read_model(run).sampler["sampler"] == "fixed_noise"
+    sampler = load_model(run, CPU).sampler
+    assert sampler.name == "fixed_noise"
+    index = torch.arange(5)
+    e, label = torch.randn(5, 1, 8, 8), index % 10
+    field = sampler.serving(2).field
+    half = torch.full((5,), 0.5)
+    middle = 0.5 * (e - field(e, torch.ones(5), label)) + 0.5 * e
+    wanted = middle - 0.5 * field(middle, half, label)
+    torch.testing.assert_close(sampler(2, e, label, Key(0), index).x, wanted)
+    assert json.loads(succeed("sample", run, "--steps", 2, "--n", 2, "--solver", "heun", "--json").stdout)["nfe"] == 4
 
 
 # -------------------------------------------------------------------------------------------------------- what is wrong
