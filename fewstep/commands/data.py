@@ -130,7 +130,7 @@ def data_pairs(
         Path, typer.Argument(help="The run of a teacher, or of a straightened flow.", metavar="TEACHER")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the pairs.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of pairs.")],
+    n: Annotated[int, typer.Option("--n", "--count", min=1, help="Number of pairs.")],
     solver: Annotated[SolverChoice, typer.Option("--solver", help="Solver of the teacher's flow.")] = SolverChoice.heun,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Its steps.")] = 64,
     guidance: Annotated[
@@ -148,7 +148,8 @@ def data_pairs(
 ) -> None:
     """Solve a teacher's flow from noise and keep both ends: what objective reflow trains on.
 
-    Several processes (torchrun, accelerate launch) make files of their own, of the same bytes as one would.
+    Several processes (torchrun, accelerate launch) make files of their own, of the same bytes as one would. There write
+    --count for --n, which torchrun takes for its own.
 
     Example: fewstep data pairs runs/digits-teacher --out pairs --n 50000
     """

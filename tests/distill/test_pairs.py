@@ -168,7 +168,20 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
 
 
 def command(trained: Path, folder: Path, *rest: object) -> tuple[object, ...]:
-    return ("data", "pairs", trained / "teacher", "--out", folder, "--n", 500, "--steps", 6, "--shard-size", 100, *rest)
+    return (
+        "data",
+        "pairs",
+        trained / "teacher",
+        "--out",
+        folder,
+        "--count",
+        500,
+        "--steps",
+        6,
+        "--shard-size",
+        100,
+        *rest,
+    )
 
 
 def test_killed_and_resumed_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
