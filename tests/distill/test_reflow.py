@@ -405,15 +405,15 @@ def test_the_teacher_is_asked_for_the_class() -> None:
 
 
 def test_fixed_noise_by_hand() -> None:
-    """Two steps of a curved flow: each goes to the line between its data prediction and the first noise."""
+    """Four steps of a curved flow: each goes to the line between its data prediction and the first noise."""
     e = noise(1)
-    half = torch.full((COUNT,), 0.5)
-    first = e - GAUSSIAN(e, ONE)
-    middle = 0.5 * first + 0.5 * e
-    wanted = middle - 0.5 * GAUSSIAN(middle, half)
-    found = sample_fixed_noise(GAUSSIAN, e, uniform_grid(2))
-    torch.testing.assert_close(found.x, wanted, rtol=1e-12, atol=1e-12)
-    assert found.nfe == 2
+    x = e
+    for t in (1.0, 0.75, 0.5, 0.25):
+        data = x - t * GAUSSIAN(x, torch.full((COUNT,), t))
+        x = (1.25 - t) * data + (t - 0.25) * e
+    found = sample_fixed_noise(GAUSSIAN, e, uniform_grid(4))
+    torch.testing.assert_close(found.x, x, rtol=1e-12, atol=1e-12)
+    assert found.nfe == 4
     euler = sample_ode(GAUSSIAN, e, uniform_grid(3)).x
     assert float((sample_fixed_noise(GAUSSIAN, e, uniform_grid(3)).x - euler).abs().max()) > 1e-2
     with pytest.raises(ValueError, match=r"begins at 0\.75"):
