@@ -19,7 +19,7 @@ from fewstep.data.config import DataConfig
 from fewstep.distill.config import ObjectiveConfig, TrainConfig
 from fewstep.distill.consistency.config import ConsistencyBlock, ConsistencyFlowMatchingConfig
 from fewstep.distill.flow_maps.config import EulerianBlock, FlowMapBlock, RegressionBlock, ShortcutConfig
-from fewstep.distill.progressive_config import ProgressiveConfig
+from fewstep.distill.progressive.config import ProgressiveConfig
 from fewstep.distill.reflow.config import PiecewiseReflowConfig, ReflowConfig
 from fewstep.errors import UsageError, nearest
 from fewstep.evaluation.config import EvaluateConfig

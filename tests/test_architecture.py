@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "students.config", "teachers.config", "distill.times_config"),
     (
         "distill.config",
-        "distill.progressive_config",
+        "distill.progressive.config",
         "distill.flow_maps.config",
         "distill.consistency.config",
         "distill.reflow.config",

@@ -25,7 +25,7 @@ from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import load_data
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import LossOutput
-from fewstep.distill.progressive import ProgressiveStage
+from fewstep.distill.progressive.objective import ProgressiveStage
 from fewstep.distill.run import Interrupted, check_training, run_training
 from fewstep.interrupts import stop_requested
 from fewstep.keys import Key

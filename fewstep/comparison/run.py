@@ -17,8 +17,8 @@ from fewstep.checkpoint import RunDirectory, checkpoints
 from fewstep.comparison.config import Budget, Comparison, Overrides, run_config
 from fewstep.config import RunConfig, command_of, config_changes, read_config
 from fewstep.distill.export import export
-from fewstep.distill.plan import Stage, first_steps
 from fewstep.distill.run import Progress, Request, check_training, run_training
+from fewstep.distill.stage import Stage, first_steps
 from fewstep.errors import FewstepError, UsageError
 from fewstep.evaluation.results import Report, read_results
 from fewstep.evaluation.sweep import Seen

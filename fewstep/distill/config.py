@@ -29,7 +29,7 @@ from fewstep.distill.flow_maps.config import (
     TerminalVelocityConfig,
     TrajectoryConfig,
 )
-from fewstep.distill.progressive_config import ProgressiveConfig
+from fewstep.distill.progressive.config import ProgressiveConfig
 from fewstep.distill.reflow.config import PiecewiseReflowConfig, ReflowConfig
 from fewstep.distill.times_config import TimesConfig, UniformTimes
 from fewstep.teachers.config import NoiseConfig

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fewstep.distill.couplings import Noise, assignment, gaussian_noise, independent, paired_noise, sinkhorn
 from fewstep.distill.flow_maps.config import GuidanceConfig, JvpMode
 from fewstep.distill.flow_maps.guidance import GuidanceRange
-from fewstep.distill.progressive_config import (
+from fewstep.distill.progressive.config import (
     CosineGrid,
     EdmWeightConfig,
     GridConfig,

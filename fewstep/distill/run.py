@@ -30,10 +30,11 @@ from fewstep.distill.averages import keep_snapshot
 from fewstep.distill.export import export, noise_config
 from fewstep.distill.flow_maps.config import FlowMapBlock, TrajectoryConfig
 from fewstep.distill.log import MetricsLog
-from fewstep.distill.plan import Stage, first_steps, plan
-from fewstep.distill.progressive import check_same_grid
+from fewstep.distill.plan import plan
+from fewstep.distill.progressive.objective import check_same_grid
 from fewstep.distill.reflow.pairs import Share
 from fewstep.distill.shards import gathered
+from fewstep.distill.stage import Stage, first_steps
 from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
 from fewstep.distill.train import NonFiniteError, make_accelerator, over_processes, train
 from fewstep.environment import describe_environment

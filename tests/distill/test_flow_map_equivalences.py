@@ -18,7 +18,7 @@ from fewstep.distill.flow_maps.rules import Discrete, Eulerian, Goal, Lagrangian
 from fewstep.distill.flow_maps.schedules import Constant, Ramp
 from fewstep.distill.flow_maps.velocity import ContrastedVelocity, SelfGuided, TeacherVelocity, conditional, diagonal
 from fewstep.distill.flow_maps.weights import AdaptivePower, NormalisedTangent
-from fewstep.distill.progressive import two_steps
+from fewstep.distill.progressive.objective import two_steps
 from fewstep.distill.tangent import end_derivative, forward_derivative, path_derivative
 from fewstep.flow import expand
 from fewstep.students.maps import AverageVelocityMap

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.toys import MIXTURE_1D, MixtureSpec
-from fewstep.distill.optimised_grid import cheapest_path, optimised_nodes, step_costs
+from fewstep.distill.progressive.optimised_grid import cheapest_path, optimised_nodes, step_costs
 from fewstep.grids import check_grid, uniform_nodes
 from fewstep.sampling import sample_ode
 from fewstep.teachers.analytic import MixtureTeacher

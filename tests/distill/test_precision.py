@@ -12,7 +12,7 @@ from fewstep.config import load_config
 from fewstep.data.load import load_data
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.objective import LossOutput, Objective
-from fewstep.distill.progressive import two_steps
+from fewstep.distill.progressive.objective import two_steps
 from fewstep.flow import TimeDomain
 from fewstep.grids import uniform_nodes
 from fewstep.students.maps import AverageVelocityMap

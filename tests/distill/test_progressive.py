@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import Batch
 from fewstep.data.toys import MIXTURE_1D, MixtureSpec
-from fewstep.distill.optimised_grid import optimised_nodes, step_costs
-from fewstep.distill.progressive import ProgressiveStage, SolverMap, stage_steps, two_steps
+from fewstep.distill.progressive.objective import ProgressiveStage, SolverMap, stage_steps, two_steps
+from fewstep.distill.progressive.optimised_grid import optimised_nodes, step_costs
 from fewstep.distill.time_weights import TIME_WEIGHTS, TimeWeight, edm_weight
 from fewstep.flow import LINEAR, FlowMap, TimeDomain
 from fewstep.grids import Grid, cosine_nodes, shifted_nodes, thinned, uniform_nodes

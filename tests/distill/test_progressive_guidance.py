@@ -16,8 +16,9 @@ from fewstep.data.dataset import Batch, Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.flow_maps.guidance import GuidanceRange
 from fewstep.distill.flow_maps.velocity import ContrastedField
-from fewstep.distill.plan import Stage, plan
-from fewstep.distill.progressive import ProgressiveStage, SolverMap, Told, two_steps
+from fewstep.distill.plan import plan
+from fewstep.distill.progressive.objective import ProgressiveStage, SolverMap, Told, two_steps
+from fewstep.distill.stage import Stage
 from fewstep.errors import UsageError
 from fewstep.flow import FlowMap, TimeDomain
 from fewstep.grids import Grid, cosine_nodes, thinned, uniform_nodes

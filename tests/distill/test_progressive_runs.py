@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import contents, refuse, student, succeed
 
-import fewstep.distill.plan as planning
+import fewstep.distill.progressive.plan as planning
 from fewstep.checkpoint import checkpoints, read_checkpoint
 from fewstep.data.dataset import Batch
 from fewstep.distill.objective import LossOutput
-from fewstep.distill.progressive import ProgressiveStage
+from fewstep.distill.progressive.objective import ProgressiveStage
 from fewstep.errors import UsageError
 from fewstep.files import read_json
 from fewstep.flow import TimeDomain

@@ -22,7 +22,7 @@ from fewstep.distill.flow_maps.config import FlowMapConfig
 from fewstep.distill.flow_maps.methods import Given, objective_of
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import Objective
-from fewstep.distill.progressive import ProgressiveStage, SolverMap
+from fewstep.distill.progressive.objective import ProgressiveStage, SolverMap
 from fewstep.distill.reflow.objective import PseudoHuber, Reflow
 from fewstep.distill.reflow.windows import PiecewiseReflow
 from fewstep.distill.train import TrainState, make_accelerator, train
