@@ -186,7 +186,8 @@ def test_seconds_count_the_making_of_pairs(trained: Path, tmp_path: Path, monkey
         return made(*rest)
 
     monkeypatch.setattr(pairs, "solved", slowly)
-    train(config_of("reflow", trained), tmp_path / "run")
+    short = ("objective.rounds=1", "objective.distil_steps=null", "train.steps=1")
+    train(load_config("digits-reflow", [*overrides("reflow", trained), *short]), tmp_path / "run")
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["seconds"] > 6 * 0.1
 
