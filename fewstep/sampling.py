@@ -123,8 +123,8 @@ ALWAYS: Window = (0.0, 1.0)
 
 @torch.no_grad()
 def sample_fixed_noise(field: VelocityField, noise: Tensor, times: Tensor, label_B: Tensor | None = None) -> Samples:
-    """``x_s = (1 - s) xhat + s e``, ``xhat = x_t - t v(x_t, t)`` and ``e`` the first noise (Lee et al. 2405.20320,
-    section 4.4): every step goes back to the line that the sample began on. On a straight flow it is Euler's.
+    """``x_s = (1 - s) xhat + s e``, ``xhat = x_t - t v(x_t, t)`` and ``e`` the first noise (Lee et al.
+    2405.20320): every step goes back to the line that the sample began on. On a straight flow it is Euler's.
 
     From ``times[0] = 1`` along a decreasing grid ``times [N + 1]``; one call per step.
     """

@@ -31,7 +31,7 @@ class SquareLoss(Block):
 
 
 class PseudoHuberLoss(Block):
-    """``(sqrt(||d||^2 + c^2) - c) / D`` with ``c = scale D`` (2405.20320, section 4.2)."""
+    """``(sqrt(||d||^2 + c^2) - c) / D`` with ``c = scale D`` (2405.20320)."""
 
     kind: Literal["huber"] = "huber"
     scale: float = Field(0.00054, gt=0)

@@ -22,7 +22,7 @@ Distance = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PseudoHuber:
-    """``(sqrt(||d||^2 + c^2) - c) / D``, ``c = scale D`` (Lee et al. 2405.20320, equation 11): the constant grows with
+    """``(sqrt(||d||^2 + c^2) - c) / D``, ``c = scale D`` (Lee et al. 2405.20320): the constant grows with
     the number of coordinates, and not with its root as in improved consistency training."""
 
     scale: float
@@ -44,7 +44,7 @@ class Reflow(Objective):
       linear velocity with a factor ``a(t)``: first-order paths are straight lines here, whatever they are elsewhere.
     - ``falling`` multiplies by ``w(t) = 1 - t`` of the linear time (Lee et al. 2405.20320).
 
-    With ``times`` on the nodes ``1/N .. 1`` this is distillation to N steps (2209.03003, section 2.2): all of a line
+    With ``times`` on the nodes ``1/N .. 1`` this is distillation to N steps (2209.03003): all of a line
     goes to its end. A batch without noise of its own is a ``ValueError``: any other noise would unlearn the flow.
     """
 
@@ -105,7 +105,7 @@ def pair_straightness(
     field: VelocityField, x: Tensor, e: Tensor, label_B: Tensor | None = None, *, times: int = 32
 ) -> float:
     """``S = E || (e - x) - v(x_t, t) ||^2 / D`` over pairs ``[B, *D]`` and the middles of ``times`` equal parts of
-    [0, 1] (2209.03003, equation 8): zero for a flow along whose straight lines the pairs lie.
+    [0, 1] (2209.03003): zero for a flow along whose straight lines the pairs lie.
 
     On the pairs of the field itself it is what ``fewstep.evaluation.transport.straightness`` measures, but for the
     points: there on the paths, here on their chords.
