@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import yaml
@@ -736,8 +737,20 @@ def test_only_curves_that_end_inside_at_the_right_are_named_there() -> None:
     drawn = {label: axes.plot([1, 2, 4][: len(y)], y, label=label)[0] for label, y in lines.items()}
     axes.set_xlim(0, 5)
     axes.set_ylim(0, 5)
-    assert _name_at_ends(axes, drawn) == ["near"]
+    assert _name_at_ends(axes, drawn, 4.6) == ["near"]
     assert [text.get_text() for text in axes.texts if text.get_text()] == ["near"]
+
+
+@pytest.mark.parametrize("curves", [8, 18, 30, 45])
+def test_a_wide_figure_has_room_for_the_names_of_all_curves(curves: int) -> None:
+    from fewstep.evaluation.report.figures import LABEL_INCHES, STYLE, _canvas
+
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(wide=True, curves=curves)
+        axes.set_xlabel("solver steps")
+        figure.draw_without_rendering()
+    height = axes.get_position().height * figure.get_figheight()
+    assert height > 0.97 * (curves - 1) * LABEL_INCHES
 
 
 def test_names_beside_curves_keep_their_distance() -> None:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B4B2A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":")
-SIDESTEP_OCTAVES = 0.02  # between neighbours with bars, which would cover each other
-LABEL_SPACING = 0.052  # of the height of the axes, between names beside the ends of curves
+SIDESTEP_OCTAVES, MOST_OCTAVES = 0.02, 0.36  # between neighbours with bars, which would cover each other; between all
+LABEL_INCHES = 0.195  # between names beside the ends of curves
 MOST_IN_LEGEND = 6
 """With more students than this a figure is wide, and names its curves beside their ends."""
 # A page puts its own light or dark colour in the place of each of these and of the hues.
 INK, MUTED, GRID, PAPER = "#1b1b1f", "#6a6d75", "#dcdde1", "#fefefe"
 WIDTH_INCHES, WIDE_INCHES = 5.0, 7.8
+HEIGHT_INCHES, TALL_INCHES, AROUND_INCHES = 3.1, 4.6, 0.85  # of a figure, of a wide one, of what is not the axes
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -147,12 +148,13 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     levels = [level for level in (floor, target) if level]
     shown = [*values, *(end for end in ends if end > 0), *levels]
     height, bottom = _heights(shown) if logarithmic else (float, None)
-    figure, axes = _canvas(wide)
+    figure, axes = _canvas(wide, len(curves))
     drawn = {}
     spread_out = any(m.sd is not None for line in lines.values() for _, m in line)
+    sidestep = min(SIDESTEP_OCTAVES, MOST_OCTAVES / len(curves))
     for i, curve in enumerate(curves):
         if lines[curve.label]:
-            aside = 2 ** (SIDESTEP_OCTAVES * (i - (len(curves) - 1) / 2)) if spread_out else 1.0
+            aside = 2 ** (sidestep * (i - (len(curves) - 1) / 2)) if spread_out else 1.0
             look = look_of(curves)[curve.label]
             drawn[curve.label] = _curve(axes, lines[curve.label], look, curve.label, height, aside)
     levels_drawn = []
@@ -172,7 +174,7 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
         _log_axis(axes, "y", [height(value) for value in shown if value > 0 or value in values])
     else:
         axes.set_ylim(*(_close_limits([*values, *ends, *levels]) if wide else _unit_limits([*values, *ends])))
-    named = _name_at_ends(axes, drawn) if wide else []
+    named = _name_at_ends(axes, drawn, figure.get_figheight()) if wide else []
     handles = [*(line for label, line in drawn.items() if label not in named), *levels_drawn]
     if bottom is not None and min(found) <= 0:
         caption += " A value of 0 has no place on the logarithmic axis: it is drawn hollow at the bottom."
@@ -202,7 +204,7 @@ def _against_latency(report: Report, metric: str) -> Drawn | None:
         return None
     height, bottom = _heights([value for *_, value in points])
     wide = is_wide(curves)
-    figure, axes = _canvas(wide)
+    figure, axes = _canvas(wide, len(curves))
     front = [points[i] for i in pareto_front([(ms, value) for *_, ms, value in points])]
     xs, ys = [ms for _, _, ms, _ in front], [height(value) for *_, value in front]
     # Wide and pale, beneath everything: a band that joins the points nothing beats.
@@ -257,10 +259,12 @@ def is_wide(curves: Sequence[Series]) -> bool:
     return sum(curve.role == "student" for curve in curves) > MOST_IN_LEGEND
 
 
-def _canvas(wide: bool) -> "tuple[Figure, Axes]":
+def _canvas(wide: bool, curves: int) -> "tuple[Figure, Axes]":
+    """Figure and axes, so high that the names of all curves have room beside a wide one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDE_INCHES, 4.6) if wide else (WIDTH_INCHES, 3.1), layout="constrained")
+    tall = max(TALL_INCHES, curves * LABEL_INCHES + AROUND_INCHES)
+    figure = Figure(figsize=(WIDE_INCHES, tall) if wide else (WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -285,7 +289,7 @@ def _curve(
     return handle
 
 
-def _name_at_ends(axes: "Axes", drawn: dict[str, Any]) -> list[str]:
+def _name_at_ends(axes: "Axes", drawn: dict[str, Any], figure_height: float) -> list[str]:
     """Name the curves that reach the right end beside it, as near to their ends as the names leave each other room.
 
     Returns the labels that were named: the others are for a legend.
@@ -299,7 +303,8 @@ def _name_at_ends(axes: "Axes", drawn: dict[str, Any]) -> list[str]:
     share = axes.transScale + axes.transLimits
     at = {label: float(share.transform(point)[1]) for label, point in last.items()}
     named = sorted((label for label in at if 0 <= at[label] <= 1), key=lambda label: at[label])
-    for label, y in zip(named, spaced([at[label] for label in named], LABEL_SPACING), strict=True):
+    spacing = LABEL_INCHES / (figure_height - AROUND_INCHES)
+    for label, y in zip(named, spaced([at[label] for label in named], spacing), strict=True):
         line = drawn[label]
         axes.annotate(
             "",
@@ -394,7 +399,9 @@ def _finish(figure: "Figure", handles: Sequence[Any], name: str, title: str, cap
     elif labels:
         width = WIDE_INCHES if wide else WIDTH_INCHES
         per_line = max(1, min(len(labels), int(width / (0.5 + 0.078 * max(map(len, labels))))))
-        figure.set_figheight((4.4 if wide else 2.85) + 0.21 * math.ceil(len(labels) / per_line))
+        figure.set_figheight(
+            figure.get_figheight() - (0.2 if wide else 0.25) + 0.21 * math.ceil(len(labels) / per_line)
+        )
         # Labels go in by name: a legend made of handles alone leaves out those that start with an underscore.
         figure.legend(
             handles, labels, loc="outside upper left", ncols=per_line, handlelength=1.9, columnspacing=1.4, borderpad=0
