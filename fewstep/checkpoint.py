@@ -307,6 +307,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def resumes(self) -> bool:
+        """Whether there is something to go on from: a checkpoint, or pairs, which are made before the first step."""
+        saved = bool(checkpoints(self.checkpoints)) or any(self.checkpoints.glob(".step-*.old"))
+        return saved or (self.path / "pairs").is_dir()
+
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raise ``UsageError`` unless a training may write here. Changes nothing.
 
@@ -315,8 +320,7 @@ class RunDirectory:
         if resume and overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         check_folder(self.path)
-        begun = (self.path / "pairs").is_dir()  # which are made before the first step
-        if resume and not begun and not checkpoints(self.checkpoints) and not any(self.checkpoints.glob(".step-*.old")):
+        if resume and not self.resumes():
             remedy = ": start again with --overwrite" if (self.path / "status.json").is_file() else ""
             raise UsageError(f"nothing to resume: no checkpoint in {self.checkpoints}{remedy}")
         if resume or not self.path.exists() or all(is_temporary(child) for child in self.path.iterdir()):

@@ -209,6 +209,24 @@ def test_the_line_it_prints_goes_on_to_the_same_bits(
     assert numbers(out) == numbers(compared)
 
 
+def test_stopped_while_a_run_makes_its_first_pairs(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no checkpoint yet: what was made stays."""
+    own = "set_for.digits-reflow."
+    settings = ("train.steps=2", "objective.pairs.count=64", "objective.pairs.shard_size=16", "objective.pairs.steps=2")
+    chosen = ("seeds=[0]", "students=[digits-reflow]", *(own + setting for setting in settings), "evaluate.steps=[1]")
+    line = ("compare", recipe, *chosen, "--out", tmp_path)
+    with stopped_after(10 + 3, monkeypatch):  # the teacher, and three of four files of pairs
+        assert cli(*line).exit_code == 130
+    folder = tmp_path / "seed-0" / "digits-reflow" / "pairs" / "round-1"
+    made = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
+    assert len(made) in (2, 3)
+    succeed(*line, "--resume")
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    assert len(list(folder.glob("shard-*"))) == 4
+
+
 def test_a_failing_run_is_named_and_the_others_stay(recipe: Path, tmp_path: Path) -> None:
     arguments = ["compare", recipe, "seeds=[0]", "set_for.digits-meanflow.train.lr=1e38", "--out", tmp_path]
     result = cli(*arguments)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.checkpoint import RunDirectory, checkpoints
+from fewstep.checkpoint import RunDirectory
 from fewstep.comparison.config import Budget, Comparison, Overrides, run_config
 from fewstep.config import RunConfig, command_of, config_changes, read_config
 from fewstep.distill.export import export
@@ -136,7 +136,7 @@ def train_run(run: Run, *, resume: bool, overwrite: bool, stopped: Callable[[], 
     """Progress of one run; with ``resume`` a finished run is left alone and an unfinished one goes on."""
     if resume and (run.directory.model / "config.json").is_file():
         return iter(())
-    again = resume and bool(checkpoints(run.directory.checkpoints))
+    again = resume and run.directory.resumes()
     fresh = overwrite and run.directory.path.exists()
     return run_training(
         run.config, run.directory, resume=again, overwrite=fresh or (resume and not again), stopped=stopped
