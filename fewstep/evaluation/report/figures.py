@@ -187,7 +187,7 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     if spread_out:
         caption += f" Points and bars: {wording.trainings(report)}, set apart sideways to be seen."
     title = f"{wording.first_upper(wording.describe(metric, known))} against steps"
-    return _finish(figure, handles, f"{metric}-steps", title, caption, wide)
+    return _finish(figure, handles, f"{metric}-steps", title, caption, wide, beside=not named)
 
 
 def _against_latency(report: Report, metric: str) -> Drawn | None:
@@ -391,10 +391,12 @@ def _log_axis(axes: "Axes", name: Literal["x", "y"], values: Sequence[float]) ->
     axis.set_major_formatter(lambda x, _: f"{x:g}")
 
 
-def _finish(figure: "Figure", handles: Sequence[Any], name: str, title: str, caption: str, wide: bool) -> Drawn:
-    """Put the legend above the axes, or of a wide figure with many curves beside them, where it covers no data."""
+def _finish(
+    figure: "Figure", handles: Sequence[Any], name: str, title: str, caption: str, wide: bool, beside: bool = True
+) -> Drawn:
+    """Put the legend above the axes, or of a wide figure with many curves ``beside`` them, where it covers no data."""
     labels = [str(handle.get_label()) for handle in handles]
-    if wide and len(labels) > MOST_IN_LEGEND:
+    if wide and beside and len(labels) > MOST_IN_LEGEND:
         figure.legend(handles, labels, loc="outside right upper", handlelength=1.9, borderpad=0, labelspacing=0.35)
     elif labels:
         width = WIDE_INCHES if wide else WIDTH_INCHES
