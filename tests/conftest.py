@@ -17,6 +17,12 @@ SMALL = ("train.batch_size=16", "train.log_every=1", "student.network={kind: mlp
 """Overrides that make any recipe small."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what begins last, a core does alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def cli(*arguments: object) -> Result:
     """``fewstep ARGUMENTS`` in this process. What it raises, other than its exit, fails the test."""
     from fewstep.cli import app
