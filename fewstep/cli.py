@@ -34,6 +34,7 @@ from fewstep.commands.shared import (
     show_training,
     user_errors,
 )
+from fewstep.commands.teacher import teacher_app
 from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import FewstepError, GateFailed, UsageError
 from fewstep.launch import is_main_process, launch_lines, launch_text, launched, launched_alone, run_launched
@@ -51,6 +52,7 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
+app.add_typer(teacher_app, name="teacher")
 
 
 @app.callback(invoke_without_command=True)

@@ -78,8 +78,11 @@ class RunConfig(Block):
             raise ValueError("student.init scratch needs student.network")
         if self.student.init == "teacher" and self.teacher is None:
             raise ValueError("student.init teacher needs a teacher block")
-        if self.teacher is not None and self.teacher.kind == "analytic" and self.student.init == "teacher":
-            raise ValueError("an analytic teacher has no weights: use student.init scratch and give student.network")
+        if self.teacher is not None and self.teacher.kind != "run" and self.student.init == "teacher":
+            which = "an analytic teacher has no weights"
+            if self.teacher.kind == "python":
+                which = "a python teacher's weights fit no network of fewstep"
+            raise ValueError(f"{which}: use student.init scratch and give student.network")
         from_data = (
             isinstance(self.objective, RegressionBlock | ShortcutConfig | ConsistencyBlock)
             and self.objective.velocity == "data"

@@ -38,6 +38,7 @@ from fewstep.sources import SOURCES
 from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes_guidance, with_guidance
 from fewstep.students.maps import GuidanceInput
 from fewstep.students.model_card import model_readme
+from fewstep.teachers.check import TeacherCheck, check_teacher
 from fewstep.teachers.config import RunTeacher, TeacherConfig
 from fewstep.teachers.load import Teacher, load_teacher
 
@@ -280,7 +281,7 @@ def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...], solver: Solver)
     return Candidate(
         name=teacher.name,
         role="teacher",
-        objective="flow_matching" if teacher.net is not None else "exact",
+        objective=teacher.objective,
         sampler=_teacher_sampler(teacher, solver),
         steps=steps,
         guidance=teacher.guidance,
@@ -308,10 +309,28 @@ def _teacher_facts(teacher: Teacher, config: RunConfig) -> Model:
         trained = read_model(Path(config.teacher.path)).card["train"]
     else:
         trained = {"steps": 0, "samples": 0, "seconds": 0.0}
-    objective = "flow_matching" if teacher.net is not None else "exact"
     return Model(
-        teacher.name, "teacher", objective, teacher.params, trained["steps"], trained["samples"], trained["seconds"]
+        teacher.name,
+        "teacher",
+        teacher.objective,
+        teacher.params,
+        trained["steps"],
+        trained["samples"],
+        trained["seconds"],
     )
+
+
+# Teachers ------------------------------------------------------------------------------------------------------------
+
+
+def teacher_check(source: str, overrides: Sequence[str], *, n: int, seed: int) -> TeacherCheck:
+    """Whether the teacher of a config is read right, on the config's data."""
+    config = load_config(source, overrides)
+    if config.teacher is None:
+        raise UsageError(f"{source} has no teacher block: there is nothing to check")
+    data = load_data(config.data)
+    teacher = load_teacher(config.teacher, config.data, data, default_device())
+    return check_teacher(config.teacher, teacher, data, n=n, seed=seed)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

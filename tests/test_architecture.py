@@ -196,6 +196,8 @@ def test_kinds_become_classes_through_literal_dictionaries() -> None:
     """No name is looked up in a module: from ``fewstep distill`` to the loss an editor can follow every call."""
     looked_up = {"getattr", "globals", "import_module", "__import__", "eval", "exec"}
     for module, path in MODULES.items():
+        if module == "fewstep.teachers.python":
+            continue  # a user's own code has no other address than its name
         tree = ast.parse(path.read_text())
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         names = {call.id for call in calls if isinstance(call, ast.Name)}

@@ -21,10 +21,12 @@ from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.networks.config import NetworkConfig
 from fewstep.networks.embeddings import to_bfloat16
 from fewstep.teachers.analytic import MixtureTeacher
-from fewstep.teachers.config import AnalyticTeacher, NoiseConfig, RunTeacher, TeacherConfig
+from fewstep.teachers.config import AnalyticTeacher, NoiseConfig, PythonTeacher, RunTeacher, TeacherConfig
 from fewstep.teachers.contrastive import CorrectedField
+from fewstep.teachers.convention import ConvertedField
 from fewstep.teachers.guided import ClassContrast, GuidedField, WeakContrast
 from fewstep.teachers.network import NetworkField, freeze
+from fewstep.teachers.python import checked, identity, load_target
 
 MIXTURES = {"eight_gaussians": EIGHT_GAUSSIANS, "mixture": MIXTURE, "mixture_1d": MIXTURE_1D}
 """Toys with a closed form."""
@@ -36,7 +38,8 @@ CPU = torch.device("cpu")
 class Teacher:
     """A frozen velocity field (guidance included) and what it is.
 
-    ``net`` and ``network`` are None for an analytic teacher; ``digest`` identifies the weights (or the formula).
+    ``net`` and ``network`` are None for a teacher that is no network of ours; ``objective`` says how it came to be;
+    ``digest`` identifies the weights (or the formula).
     ``noise`` is what it was trained on, ``contrast`` the pair of velocities that guidance acts between, where there is
     one (the class against none, or the teacher against a weaker one), before any guidance. ``device`` is where it is
     evaluated. ``straightened`` says that it was a student of pairs: its states on the way are not mixtures of any noise
@@ -54,12 +57,15 @@ class Teacher:
     contrast: ClassContrast | WeakContrast | None = None
     device: torch.device = CPU
     straightened: bool = False
+    objective: str = "flow_matching"
 
 
 def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, device: torch.device) -> Teacher:
     """Load a teacher for this data. What does not exist or does not fit is a ``UsageError``."""
     if isinstance(config, AnalyticTeacher):
         return dataclasses.replace(_analytic(config, data_config), device=device)
+    if isinstance(config, PythonTeacher):
+        return dataclasses.replace(_python(config, data, device), device=device)
     return dataclasses.replace(_trained(config, data, device), device=device)
 
 
@@ -157,4 +163,38 @@ def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
     if config.guidance != 1:
         raise UsageError("teacher.guidance: the analytic teacher is not guided; leave it at 1")
     contrast = ClassContrast(field, field.num_classes) if field.num_classes and data.classes else None
-    return Teacher(f"exact {data.name}", field, None, None, 1.0, digest(repr(spec).encode()), 0, contrast=contrast)
+    return Teacher(
+        f"exact {data.name}",
+        field,
+        None,
+        None,
+        1.0,
+        digest(repr(spec).encode()),
+        0,
+        contrast=contrast,
+        objective="exact",
+    )
+
+
+def _python(config: PythonTeacher, data: Dataset, device: torch.device) -> Teacher:
+    model = load_target(config.target)
+    params = 0
+    if isinstance(model, nn.Module):
+        model, params = model.to(device), parameter_count(model)
+    checked(model, config.target, data.shape, data.label, device)
+    field = ConvertedField(model, config.convention)
+    contrast = ClassContrast(field, data.num_classes) if data.num_classes else None
+    if config.guidance != 1 and contrast is None:
+        raise UsageError(f"teacher.guidance {config.guidance:g} needs classes, and {data.name} has none")
+    guided = field if config.guidance == 1 or contrast is None else GuidedField(contrast, config.guidance)
+    return Teacher(
+        name=config.target.partition(":")[2],
+        field=guided,
+        net=None,
+        network=None,
+        guidance=config.guidance,
+        digest=identity(config, model),
+        params=params,
+        contrast=contrast,
+        objective="python",
+    )
