@@ -37,7 +37,15 @@ from fewstep.commands.shared import (
 from fewstep.commands.teacher import teacher_app
 from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import FewstepError, GateFailed, UsageError
-from fewstep.launch import is_main_process, launch_lines, launch_text, launched, launched_alone, run_launched
+from fewstep.launch import (
+    is_main_process,
+    launch_lines,
+    launch_text,
+    launched,
+    launched_alone,
+    leave_group,
+    run_launched,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -494,7 +502,12 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fewstep recipes show X | head` ends quietly
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code in (None, 0, 130):  # where all processes end together; one that fails must not wait for others
+            leave_group()
+        raise
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def leave_group() -> None:
+    """Take this process out of its group, if it is in one. Threads of the group that still run while the interpreter
+    goes end the process with SIGABRT now and then, after all is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if launched() and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
