@@ -505,7 +505,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code in (None, 0, 130):  # where all processes end together; one that fails must not wait for others
+        if not end.code:  # all have come to the end; one that fails must not wait for others
             leave_group()
         raise
 

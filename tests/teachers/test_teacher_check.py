@@ -33,10 +33,10 @@ right, sign, time, both, scale = map(exact, KINDS)
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.line = nn.Linear(2, 2)
+        self.drift = nn.Parameter(torch.tensor(-5.0))
 
     def forward(self, x, t, label):
-        return self.line(x)
+        return self.drift.expand_as(x)
 
 
 def wide(x, t, label):
@@ -99,9 +99,10 @@ def test_a_right_one_and_what_it_shows(config: str) -> None:
 
 
 def test_a_network_of_the_wrong_data_has_samples_elsewhere(config: str) -> None:
-    """Least loss as declared is not enough: an untrained one says nothing at all."""
+    """Least loss as declared is not enough: this one is as wrong whatever is declared, and its samples drift away."""
     result = cli("teacher", "check", config, "teacher.target=my_models:Net")
     assert result.exit_code == 4
+    assert "has the least loss as it is declared, but samples of mean" in result.stderr
 
 
 def test_teachers_of_runs_and_of_formulas_are_checked_too(config: str) -> None:
