@@ -17,6 +17,9 @@ MODULES = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "block",
+        "conventions",
+        "conversion",
+        "condition",
         "errors",
         "files",
         "flow",
@@ -29,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "launch",
         "console",
     ),
-    ("networks", "data", "sampling", "evaluation.config", "networks.config"),
+    ("networks", "data", "sampling", "evaluation.config", "networks.config", "networks.foreign.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.times_config"),
     (
         "distill.config",

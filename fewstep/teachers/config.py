@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from fewstep.block import Block, PathName
+from fewstep.block import Block
+from fewstep.conventions import ConventionConfig
 
 
 class IndependentCoupling(Block):
@@ -64,36 +65,6 @@ class AnalyticTeacher(Block):
 
     kind: Literal["analytic"] = "analytic"
     guidance: float = Field(1.0, ge=0)
-
-
-class ConventionConfig(Block):
-    """How a model from elsewhere counts time, and what it says.
-
-    ``path``: the one it was trained on. ``prediction``: a velocity, the noise, or the data. ``noise_at``: the end of
-    its time where noise is; ``velocity_to``: where its velocity points. ``time_scale``: its time is that many times the
-    one that runs from 0 to 1. ``earliest`` and ``latest`` bound the times, in fewstep's count (0 data, 1 noise), at
-    which it is asked: beyond them the nearer bound's prediction is used.
-    """
-
-    path: PathName = "linear"
-    prediction: Literal["velocity", "noise", "data"] = "velocity"
-    noise_at: Literal[0, 1] = 1
-    velocity_to: Literal["noise", "data"] = "noise"
-    time_scale: float = Field(1.0, gt=0)
-    earliest: float = Field(0.0, ge=0, lt=1)
-    latest: float = Field(1.0, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _determined(self) -> "ConventionConfig":
-        if self.earliest >= self.latest:
-            raise ValueError(f"earliest {self.earliest:g} is not before latest {self.latest:g}")
-        if self.prediction == "noise" and self.latest == 1:
-            raise ValueError("noise alone says nothing of the data at t = 1: set latest below 1, for example 0.999")
-        if self.prediction == "data" and self.earliest == 0:
-            raise ValueError("data alone say nothing of the noise at t = 0: set earliest above 0, for example 0.001")
-        if self.prediction != "velocity" and self.velocity_to != "noise":
-            raise ValueError(f"velocity_to has no meaning for prediction {self.prediction}")
-        return self
 
 
 class PythonTeacher(Block):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.conventions import ConventionConfig
 from fewstep.flow import PATHS, uniform_grid
 from fewstep.keys import Key
 from fewstep.sampling import sample_ode
 from fewstep.teachers.analytic import GaussianTeacher
-from fewstep.teachers.config import ConventionConfig
 from fewstep.teachers.convention import ConvertedField, Model, variants
 
 MEAN, STD = 0.4, 0.6
