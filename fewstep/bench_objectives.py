@@ -345,7 +345,7 @@ def _textbook_error(workshop: _Workshop) -> float:
     """The larger of the relative differences of loss and gradient between the textbook's MeanFlow step and ours."""
     batch = workshop.source().batch(0)
     rows = slice(0, CHECKED_ROWS)
-    label = None if batch.label is None else batch.label[rows].cpu()
+    label = None if batch.label is None else batch.label[rows].to(torch.device("cpu"))
     few = Batch(batch.x[rows].double().cpu(), label, batch.index[rows].cpu())
     known = variants()
     return step_difference(

@@ -17,6 +17,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
+
 
 def expand(t_B: Tensor, x: Tensor) -> Tensor:
     """Reshape per-sample times ``[B]`` so that they broadcast against ``x [B, *D]``."""
@@ -186,7 +188,7 @@ class VelocityField(Protocol):
     @property
     def nfe(self) -> int: ...
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``x [B, *D]``, times ``[B]``, labels ``[B]`` or None -> velocity ``[B, *D]``."""
         ...
 
@@ -239,7 +241,7 @@ class FlowMap(Protocol):
     @property
     def nfe(self) -> int: ...
 
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``x [B, *D]``, times ``t, r [B]``, labels ``[B]`` or None -> state at ``r``, ``[B, *D]``."""
         ...
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.flow import LINEAR, FlowMap, VelocityField, uniform_grid
 from fewstep.keys import Key
 from fewstep.sources import Source, gaussian
@@ -35,12 +36,12 @@ class Step:
     calls: int
 
 
-def euler_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Step:
+def euler_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Step:
     """``x_r = x_t + (r - t) v(x_t, t)``: first order, one call. Equal to DDIM on a matched grid."""
     return Step(x + _difference(r_B, t_B, x) * field(x, t_B, label_B), calls=1)
 
 
-def heun_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Step:
+def heun_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Step:
     """Trapezoidal rule with an Euler predictor: second order, two calls."""
     h = _difference(r_B, t_B, x)
     v_t = field(x, t_B, label_B)
@@ -48,7 +49,7 @@ def heun_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B
     return Step(x + h * (v_t + v_r) / 2, calls=2)
 
 
-def midpoint_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Step:
+def midpoint_step(field: VelocityField, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Step:
     """Velocity at the middle of the step, reached by half an Euler step: second order, two calls."""
     h = _difference(r_B, t_B, x)
     middle = x + h / 2 * field(x, t_B, label_B)
@@ -63,7 +64,7 @@ def sample_ode(
     field: VelocityField,
     noise: Tensor,
     times: Tensor,
-    label_B: Tensor | None = None,
+    label_B: Condition | None = None,
     solver: Solver = "euler",
 ) -> Samples:
     """Integrate ``dx/dt = v(x, t)`` from ``noise`` at ``times[0]`` along a decreasing grid ``times [N + 1]``."""
@@ -77,7 +78,7 @@ def sample_ode(
 
 
 @torch.no_grad()
-def sample_map(flow_map: FlowMap, noise: Tensor, times: Tensor, label_B: Tensor | None = None) -> Samples:
+def sample_map(flow_map: FlowMap, noise: Tensor, times: Tensor, label_B: Condition | None = None) -> Samples:
     """Jump ``times[0] -> times[1] -> ...`` with a flow map. A jump outside its domain is a ``ValueError``."""
     _check_grid(times)
     _check_domain(flow_map, list(pairwise(times.tolist())))
@@ -92,7 +93,7 @@ def sample_renoise(
     flow_map: FlowMap,
     noise: Tensor,
     times: Tensor,
-    label_B: Tensor | None,
+    label_B: Condition | None,
     key: Key,
     index_B: Tensor,
     source: Source = gaussian,
@@ -122,7 +123,7 @@ ALWAYS: Window = (0.0, 1.0)
 
 
 @torch.no_grad()
-def sample_fixed_noise(field: VelocityField, noise: Tensor, times: Tensor, label_B: Tensor | None = None) -> Samples:
+def sample_fixed_noise(field: VelocityField, noise: Tensor, times: Tensor, label_B: Condition | None = None) -> Samples:
     """``x_s = (1 - s) xhat + s e``, ``xhat = x_t - t v(x_t, t)`` and ``e`` the first noise (Lee et al.
     2405.20320): every step goes back to the line that the sample began on. On a straight flow it is Euler's.
 
@@ -152,7 +153,7 @@ class Sampler(Protocol):
         """Raise ``ValueError`` if the model was not made for this number of steps."""
         ...
 
-    def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples: ...
+    def __call__(self, steps: int, noise: Tensor, label_B: Condition | None, key: Key, index_B: Tensor) -> Samples: ...
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class OdeSampler:
     def check(self, steps: int) -> None:
         uniform_grid(steps)
 
-    def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples:
+    def __call__(self, steps: int, noise: Tensor, label_B: Condition | None, key: Key, index_B: Tensor) -> Samples:
         return sample_ode(self.field, noise, uniform_grid(steps), label_B, self.solver)
 
 
@@ -204,7 +205,7 @@ class MapSampler:
         if nodes and len(nodes) != steps + 1:
             raise ValueError(f"this student's grid has {len(nodes) - 1} steps, not {steps}")
 
-    def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples:
+    def __call__(self, steps: int, noise: Tensor, label_B: Condition | None, key: Key, index_B: Tensor) -> Samples:
         self.check(steps)
         flow_map = self._map(steps)
         nodes = flow_map.domain.grid
@@ -264,7 +265,7 @@ class FieldSampler:
     def check(self, steps: int) -> None:
         self.serving(steps)
 
-    def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples:
+    def __call__(self, steps: int, noise: Tensor, label_B: Condition | None, key: Key, index_B: Tensor) -> Samples:
         served, times = self.serving(steps), uniform_grid(steps)
         rule = "euler" if served.steps else self.rule
         if rule == "fixed_noise":

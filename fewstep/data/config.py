@@ -31,6 +31,7 @@ class FilesConfig(Block):
     ``labels``: None takes classes where there are any, true insists on them, false ignores them. ``flip`` mirrors half
     of all samples, each time they are drawn. ``max_images`` keeps the first ones. ``resident`` says where the samples
     stay during training: on the device, on the host (from where a thread fetches batches ahead), or wherever they fit.
+    ``embeddings`` is a safetensors file, or a folder of them, with the condition of each sample, instead of a class.
     """
 
     path: str = Field(min_length=1)
@@ -39,6 +40,7 @@ class FilesConfig(Block):
     flip: bool = False
     max_images: int | None = Field(None, ge=1)
     resident: Literal["auto", "device", "host"] = "auto"
+    embeddings: str | None = Field(None, min_length=1)
 
 
 class ImagesConfig(FilesConfig):

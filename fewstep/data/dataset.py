@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.data.ahead import Ahead
+from fewstep.data.embeddings import EmbeddingRows
 from fewstep.data.rows import Rows, gathered, size_bytes
 from fewstep.keys import Key
 
@@ -106,6 +108,26 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     noise: Rows | None = None
+    embeddings: EmbeddingRows | None = None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples have a condition: a class, or embeddings."""
+        return self.num_classes > 0 or self.embeddings is not None
+
+    def condition(self, rows: Tensor, *, pin: bool = False) -> Condition | None:
+        """The condition of some rows, in page-locked memory if they are to be copied to a GPU (``pin``)."""
+        if self.embeddings is not None:
+            return self.embeddings.take(rows, pin=pin)
+        if self.label is None:
+            return None
+        return self.label[rows].pin_memory() if pin else self.label[rows]
+
+    def drawn_condition(self, index_B: Tensor) -> Condition | None:
+        """What samples ``index [B]`` of any number are generated from: classes, or embeddings, in turn."""
+        if self.embeddings is not None:
+            return self.embeddings.take(index_B)
+        return index_B % self.num_classes if self.num_classes else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,6 +152,7 @@ class Dataset:
             mirrored=self.mirrored.to(device) if self.flip and self.mirrored is not None else None,
             latent=None if self.latent is None else self.latent.to(device),
             noise=None if self.noise is None else self.noise.to(device),
+            embeddings=None if self.embeddings is None else self.embeddings.to(device),
         )
 
     def samples(self, rows: Tensor) -> Tensor:
@@ -142,12 +165,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples ``x [B, *D]``, labels ``[B]`` or None, each sample's place ``index [B]`` in the global batch and its row
-    ``row [B]`` in the data set (None for a batch that comes from none). ``noise [B, *D]`` belongs to pairs alone: the
-    noise that each sample is the solution of."""
+    """Samples ``x [B, *D]``, their condition (classes ``[B]`` or embeddings) or None, each sample's place ``index [B]``
+    in the global batch and its row ``row [B]`` in the data set (None for a batch that comes from none). ``noise [B,
+    *D]`` belongs to pairs alone: the noise that each sample is the solution of."""
 
     x: Tensor
-    label: Tensor | None
+    label: Condition | None
     index: Tensor
     row: Tensor | None = None
     noise: Tensor | None = None
@@ -261,18 +284,17 @@ class _Stored:
     """A batch as it is stored, before it is decoded."""
 
     x: Tensor
-    label: Tensor | None
+    label: Condition | None
     row: Tensor
     noise: Tensor | None = None
 
     def to(self, device: torch.device) -> "_Stored":
         """From page-locked memory the copies run while the device computes."""
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
+        label = None if self.label is None else self.label.to(device, non_blocking=True)
+        noise = None if self.noise is None else self.noise.to(device, non_blocking=True)
         row = self.row.to(device, non_blocking=True)
-        return _Stored(self.x.to(device, non_blocking=True), moved(self.label), row, moved(self.noise))
+        return _Stored(self.x.to(device, non_blocking=True), label, row, noise)
 
 
 @dataclass(frozen=True)
@@ -290,11 +312,9 @@ class _Gather:
         if self.data.flip and self.data.mirrored is not None:
             mirror = mirrors(Key(self.seed, step), self.order.index)
             x[mirror] = self.data.mirrored[rows[mirror]]
-        label = None if self.data.label is None else self.data.label[rows]
+        label = self.data.condition(rows, pin=self.pin)
         noise = None if self.data.noise is None else gathered(self.data.noise, rows, pin=self.pin)
-        if self.pin:
-            return _Stored(x, None if label is None else label.pin_memory(), rows.pin_memory(), noise)
-        return _Stored(x, label, rows, noise)
+        return _Stored(x, label, rows.pin_memory() if self.pin else rows, noise)
 
 
 def _stays_on(device: torch.device, data: Dataset, resident: Residence) -> bool:
@@ -306,4 +326,5 @@ def _stays_on(device: torch.device, data: Dataset, resident: Residence) -> bool:
         return resident != "host"
     needed = size_bytes(data.x) + (size_bytes(data.mirrored) if data.flip and data.mirrored is not None else 0)
     needed += 0 if data.noise is None else size_bytes(data.noise)
+    needed += 0 if data.embeddings is None else data.embeddings.bytes
     return 2 * needed <= torch.cuda.mem_get_info(device)[0]

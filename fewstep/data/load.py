@@ -1,6 +1,7 @@
 """From a data config to a data set. Nothing here touches a network."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load as load_safetensors
 
 from fewstep.data.config import DataConfig, FilesConfig, ImagesConfig, LatentsConfig, ShardsConfig, ToyConfig
 from fewstep.data.dataset import Dataset
+from fewstep.data.embeddings import load_embeddings
 from fewstep.data.encoded import Encoded, load_images
 from fewstep.data.folder import open_folder
 from fewstep.data.latents import load_latents
@@ -23,7 +25,11 @@ from fewstep.data.zipped import open_zip
 
 def load_data(config: DataConfig) -> Dataset:
     """The data a config asks for, in memory or mapped into it. What is wrong with them is a ``UsageError``."""
-    return LOADS[config.kind](config)
+    data = LOADS[config.kind](config)
+    if not isinstance(config, FilesConfig) or config.embeddings is None:
+        return data
+    rows = load_embeddings(expanded(config.embeddings), len(data.x), first=config.max_images is not None)
+    return replace(data, label=None, num_classes=0, class_names=(), embeddings=rows)
 
 
 def open_images(config: ImagesConfig) -> Encoded:

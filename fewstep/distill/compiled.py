@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.objective import Objective
 from fewstep.distill.tangent import Derivative, Net, forward_derivative
@@ -61,7 +62,7 @@ def compile_objective(objective: Objective, batch: Batch, *, backend: str | Call
 def _compiled_derivative(backend: str | Callable[..., object]) -> Derivative:
     whole = torch.compile(forward_derivative, fullgraph=True, dynamic=False, backend=backend)
 
-    def derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Tensor:
         # An objective passes slices of its batch, and compiled forward mode fails on views.
         return whole(net, x.clone(), v.clone(), t_B.clone(), r_B.clone(), label_B)
 

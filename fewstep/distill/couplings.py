@@ -39,7 +39,9 @@ def paired_noise(source: Source, coupling: Coupling) -> Noise:
 
     def noise(batch: Batch, key: Key) -> Tensor:
         e = source(key, "noise", batch.index, tuple(batch.x.shape[1:]))
-        return coupling(batch.x, e, batch.label, key, batch.index)
+        # Embeddings have no classes to pair within.
+        label = batch.label if isinstance(batch.label, Tensor) else None
+        return coupling(batch.x, e, label, key, batch.index)
 
     return noise
 

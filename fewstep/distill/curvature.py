@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.distill.objective import mean_square
 from fewstep.distill.shards import local
 from fewstep.distill.tangent import Derivative
@@ -80,7 +81,7 @@ class CurvatureWeighting:
         return (weight / weight.mean()).float()
 
     @torch.no_grad()
-    def observe(self, x_t: Tensor, t_B: Tensor, u_B: Tensor, label_B: Tensor | None, index_B: Tensor) -> None:
+    def observe(self, x_t: Tensor, t_B: Tensor, u_B: Tensor, label_B: Condition | None, index_B: Tensor) -> None:
         """Add the curvature at a part of the batch to what ``after_step`` will take up."""
         rows = jump_rows(index_B, self.probed).nonzero().flatten()
         counted = len(rows) > 0

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.flow import VelocityField, expand
 from fewstep.sampling import SOLVERS, Solver
 
@@ -23,7 +24,7 @@ def solve(
     x_t: Tensor,
     t_B: Tensor,
     s_B: Tensor,
-    label_B: Tensor | None = None,
+    label_B: Condition | None = None,
     *,
     substeps: int = 1,
 ) -> Tensor:

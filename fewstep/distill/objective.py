@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition, lose
 from fewstep.data.dataset import Batch
 from fewstep.distill.shards import local
 from fewstep.distill.tangent import Derivative
@@ -125,9 +126,10 @@ def root_mean_square(field: Tensor) -> Tensor:
 
 
 def drop_labels(
-    label_B: Tensor | None, key: Key, index_B: Tensor, probability: float, null_label: int
-) -> Tensor | None:
-    """Replace each label by the null label with the given probability (classifier-free guidance training)."""
+    label_B: Condition | None, key: Key, index_B: Tensor, probability: float, null_label: int
+) -> Condition | None:
+    """Take each sample's condition away, a class becoming the null label, with the given probability (classifier-free
+    guidance training)."""
     if label_B is None or probability == 0:
         return label_B
-    return label_B.masked_fill(key.uniform("label_dropout", index_B) < probability, null_label)
+    return lose(label_B, key.uniform("label_dropout", index_B) < probability, null_label)

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from fewstep.condition import Condition
 from fewstep.distill.duals import cheap_duals
 
-Net = nn.Module | Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Derivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-PathDerivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-EndDerivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Net = nn.Module | Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
+Derivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Condition | None], Tensor]
+PathDerivative = Callable[[Net, Tensor, Tensor, Tensor, Tensor, Condition | None], tuple[Tensor, Tensor]]
+EndDerivative = Callable[[Net, Tensor, Tensor, Tensor, Condition | None], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def forward_derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+def forward_derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Tensor:
     """One forward-mode product of ``net`` at ``(x, t)`` with the tangents ``(v, 1)``, in full precision.
 
     The attention kernel is fixed here and nowhere else: of torch's, only the plain one has a forward derivative.
@@ -47,7 +48,7 @@ def central_difference(step: float) -> Derivative:
     """
 
     @torch.no_grad()
-    def derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             ahead = net(x + step * v, t_B + step, r_B, label_B)
             behind = net(x - step * v, t_B - step, r_B, label_B)
@@ -64,12 +65,12 @@ class OneSidedDifference:
     step: float
 
     @torch.no_grad()
-    def __call__(self, net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def __call__(self, net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.between(net(x, t_B, r_B, label_B), self.ahead(net, x, v, t_B, r_B, label_B))
 
     @torch.no_grad()
-    def ahead(self, net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def ahead(self, net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Tensor:
         """``u(x + h v, t + h)``."""
         return net(x + self.step * v, t_B + self.step, r_B, label_B)
 
@@ -79,7 +80,7 @@ class OneSidedDifference:
 
 
 def path_derivative(
-    net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None
+    net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None
 ) -> tuple[Tensor, Tensor]:
     """``(u, du/dt)`` from one forward-mode product with the tangents ``(v, 1)``, differentiable."""
 
@@ -96,7 +97,7 @@ def path_difference(step: float) -> PathDerivative:
     """``(u, du/dt)`` with the central difference of ``central_difference``, differentiable: three evaluations."""
 
     def derivative(
-        net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None
+        net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             ahead = net(x + step * v, t_B + step, r_B, label_B)
@@ -106,7 +107,7 @@ def path_difference(step: float) -> PathDerivative:
     return derivative
 
 
-def end_derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def end_derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> tuple[Tensor, Tensor]:
     """``(u, d_r u)`` from one forward-mode product with the tangent 1 of ``r``, differentiable."""
 
     def u(r: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def end_derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tenso
 def end_difference(step: float) -> EndDerivative:
     """``(u, d_r u)`` with a central difference in ``r``, differentiable: three evaluations."""
 
-    def derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def derivative(net: Net, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             ahead, behind = (net(x, t_B, r_B + h, label_B) for h in (step, -step))
             return net(x, t_B, r_B, label_B), (ahead - behind) / (2 * step)

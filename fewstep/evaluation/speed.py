@@ -23,7 +23,7 @@ def latency_ms(
     """Median wall time of one sample at batch size 1, in milliseconds, synchronised, after a warm-up."""
     index = torch.zeros(1, dtype=torch.int64, device=device)
     noise = sampler.source(Key(seed), "noise", index, data.shape)
-    label = index % data.num_classes if data.num_classes else None
+    label = data.drawn_condition(index)
     taken = []
     for _ in range(warmup + repeats):
         if device.type == "cuda":

@@ -122,7 +122,7 @@ def draw(
     parts, labels, rates, nfe = [], [], [], 0
     for indices in torch.arange(n, device=device).split(batch_size):
         noise = sampler.source(Key(seed), "noise", indices, data.shape)
-        label = indices % data.num_classes if data.num_classes else None
+        label = data.drawn_condition(indices)
         _synchronise(device)
         began = time.perf_counter()
         samples = sampler(steps, noise, label, Key(seed), indices)
@@ -130,9 +130,16 @@ def draw(
         rates.append(len(indices) / (time.perf_counter() - began))
         nfe = samples.nfe
         parts.append(samples.x)
-        if label is not None:
+        if isinstance(label, Tensor):
             labels.append(label)
     return Drawn(torch.cat(parts), torch.cat(labels) if labels else None, nfe, statistics.median(rates))
+
+
+def _labels(data: Dataset) -> str:
+    """What samples are generated from, in words."""
+    if data.embeddings is not None:
+        return "embeddings, i mod rows"
+    return "balanced, i mod classes" if data.num_classes else "none"
 
 
 def straightness_of(sampler: Sampler, data: Dataset, seed: int, device: torch.device) -> float | None:
@@ -146,7 +153,7 @@ def straightness_of(sampler: Sampler, data: Dataset, seed: int, device: torch.de
         return None
     index = torch.arange(straightness_samples(math.prod(data.shape)), device=device)
     noise = sampler.source(Key(seed), "noise", index, data.shape)
-    return straightness(field, noise, index % data.num_classes if data.num_classes else None)
+    return straightness(field, noise, data.drawn_condition(index))
 
 
 def _on_own_nodes(sampler: Sampler, steps: int) -> bool:
@@ -255,7 +262,7 @@ def describe_reference(references: list[ReferenceFeatures], data: Dataset, n: in
             "kernel": "unbiased MMD^2, kernel (x.y / D + 1)^3, all pairs",
             "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; "
             f"density, coverage: k = {K_DENSITY_COVERAGE}; distance <= radius",
-            "labels": "balanced, i mod classes" if data.num_classes else "none",
+            "labels": _labels(data),
             "floor": f"disjoint halves of the real data, mean of {FLOOR_SPLITS} splits; "
             "the Fréchet distance scaled by 1/n_reference + 1/n to the sizes of the rows",
         },

@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.flow import VelocityField, expand, uniform_grid
 
 W2_POINTS = 2000
@@ -14,7 +15,7 @@ STRAIGHTNESS_STEPS = 32
 
 @torch.no_grad()
 def straightness(
-    field: VelocityField, noise: Tensor, label_B: Tensor | None = None, steps: int = STRAIGHTNESS_STEPS
+    field: VelocityField, noise: Tensor, label_B: Condition | None = None, steps: int = STRAIGHTNESS_STEPS
 ) -> float:
     """``S = E ||(x_1 - x_0) - v(x_t, t)||^2 / D`` over the field's own trajectories and uniform ``t`` (Liu et al.
     2209.03003, equation 8): 0 if one Euler step is exact.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.flow import ANY_JUMP, JUMPS_TO_DATA, TimeDomain, check_jumps, expand
 
 Network = Callable[..., Tensor]
@@ -48,7 +49,7 @@ class AverageVelocityMap:
     nfe: int = 1
     guidance: GuidanceInput | None = None
 
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         check_jumps(self.domain, t_B, r_B)
         return x - expand(t_B - r_B, x) * _evaluate(self.net, x, t_B, r_B, label_B, _batch(self.guidance, t_B))
 
@@ -67,14 +68,14 @@ class ConsistencyMap:
     nfe: int = 1
     guidance: GuidanceInput | None = None
 
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         check_jumps(self.domain, t_B, r_B)
         # t = r is the identity; elsewhere the domain has made sure that r = 0.
         return x - expand(t_B - r_B, x) * consistency_velocity(self.net, x, t_B, label_B, _batch(self.guidance, t_B))
 
 
 def consistency_velocity(
-    net: Network, x: Tensor, t_B: Tensor, label_B: Tensor | None, guidance_B3: Tensor | None = None
+    net: Network, x: Tensor, t_B: Tensor, label_B: Condition | None, guidance_B3: Tensor | None = None
 ) -> Tensor:
     """``F(x_t, t)``, the network at its second time ``r = 0``."""
     return _evaluate(net, x, t_B, torch.zeros_like(t_B), label_B, guidance_B3)
@@ -85,7 +86,7 @@ def _batch(guidance: GuidanceInput | None, t_B: Tensor) -> Tensor | None:
 
 
 def _evaluate(
-    net: Network, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None, guidance_B3: Tensor | None
+    net: Network, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None, guidance_B3: Tensor | None
 ) -> Tensor:
     """The network; without guidance, one that takes four arguments will do."""
     if guidance_B3 is None:

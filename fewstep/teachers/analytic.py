@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition, Embeddings
 from fewstep.data.toys import MixtureSpec, draw_mixture
 from fewstep.flow import TimeDomain, check_jumps, expand
 from fewstep.keys import Key
@@ -49,17 +50,17 @@ class GaussianTeacher:
             raise ValueError(f"a covariance is positive definite, got the eigenvalue {variances[0]:g}")
         return GaussianTeacher(mean, variances.sqrt(), basis)
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``v = -m + [t - (1-t) s^2] / sd_t^2 (x - mu_t)``."""
         t, s = _column(t_B, x), _like(self.std, x).reshape(-1)
         return self._affine(x, t, gain=(t - (1 - t) * s**2) / _sd(t, s) ** 2, shift=-1)
 
-    def flow_map(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def flow_map(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``X = mu_r + (sd_r / sd_t) (x - mu_t)``, for r on either side of t."""
         t, r, s = _column(t_B, x), _column(r_B, x), _like(self.std, x).reshape(-1)
         return self._affine(x, t, gain=_sd(r, s) / _sd(t, s), shift=1 - r)
 
-    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``u = -m + k / sd_t (x - mu_t)``, ``k = [(t+r) + s^2 (t+r-2)] / (sd_t + sd_r)``.
 
         This is ``(x - X) / (t - r)`` with the factor ``t - r`` divided out of ``sd_t^2 - sd_r^2``, so nothing cancels
@@ -131,7 +132,7 @@ class MixtureTeacher:
         """How many classes there are, which is also the null label; 0 without classes."""
         return 0 if self.component_label is None else int(self.component_label.max()) + 1
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``v = sum_k g_k(x, t) v_k(x, t)``: the components' Gaussian velocities under their posterior weights.
 
         The softmax of log densities keeps the weights finite arbitrarily far out. Every ``sd_t`` is positive, so
@@ -148,7 +149,7 @@ class MixtureTeacher:
         v = (posterior_BK[..., None] * (gain_BK[..., None] * y_BKD - means)).sum(dim=1)
         return v.reshape(x.shape).to(x.dtype)
 
-    def flow_map(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def flow_map(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``X = F_r^-1(F_t(x))`` with ``F_t`` the distribution function at t: in one dimension the flow is monotone
         and carries quantiles to quantiles. More dimensions have no closed form and are a ``ValueError``.
 
@@ -194,22 +195,24 @@ class MixtureTeacher:
         X = root + (step - step.detach())
         return X.reshape(x.shape).to(x.dtype)
 
-    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """``u = (x - X) / (t - r)``, and the velocity at r = t. Its error is that of X over ``t - r``."""
         gap = expand(t_B - r_B, x)
         apart = gap != 0
         u = (x - self.flow_map(x, t_B, r_B, label_B)) / torch.where(apart, gap, torch.ones_like(gap))
         return torch.where(apart, u, self(x, t_B, label_B)).to(x.dtype)
 
-    def sample(self, key: Key, index_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def sample(self, key: Key, index_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """Exact data ``[B, D]`` float32, row ``b`` belonging to sample ``index_B[b]`` alone."""
         means = self.means.to(index_B.device, torch.float64)
         weights = self._log_weights(means.new_zeros(len(index_B)), label_B).exp()
         x, _ = draw_mixture(weights, means, self.stds.to(means), key, index_B)
         return x.float()
 
-    def _log_weights(self, x: Tensor, label_B: Tensor | None) -> Tensor:
+    def _log_weights(self, x: Tensor, label_B: Condition | None) -> Tensor:
         """Log weights up to a constant, ``[K]`` or, under labels, ``[B, K]`` with -inf where not selected."""
+        if isinstance(label_B, Embeddings):
+            raise ValueError("a mixture knows classes, no embeddings")
         log_weights = _like(self.weights, x).log()
         if self.component_label is not None and label_B is not None:
             selected_BK = label_B[:, None] == self.component_label.to(label_B.device)
@@ -224,9 +227,9 @@ class MixtureTeacher:
 class ExactFlow(Protocol):
     """A teacher that knows its own flow: ``flow_map`` and ``average_velocity`` of ``(x, t [B], r [B], label)``."""
 
-    def flow_map(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor: ...
+    def flow_map(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor: ...
 
-    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor: ...
+    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -237,12 +240,12 @@ class ExactMap:
     domain: TimeDomain = field(default=TimeDomain("any"), init=False)
     nfe: int = field(default=1, init=False)
 
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """The exact state at r."""
         check_jumps(self.domain, t_B, r_B)
         return self.teacher.flow_map(x, t_B, r_B, label_B)
 
-    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def average_velocity(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         """The exact average velocity between r and t."""
         return self.teacher.average_velocity(x, t_B, r_B, label_B)
 

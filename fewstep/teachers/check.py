@@ -107,7 +107,8 @@ def check_teacher(
     for index in torch.arange(n).split(batch_size):
         x = data.samples(rows[index]).to(teacher.device)
         at = index.to(teacher.device)
-        label = None if data.label is None else data.label[rows[index]].to(teacher.device)
+        condition = data.condition(rows[index])
+        label = None if condition is None else condition.to(teacher.device)
         e = SOURCES[teacher.noise.source](key, "noise", at, tuple(x.shape[1:]))
         # Away from both ends, where some predictions say nothing.
         t = (0.02 + 0.96 * key.uniform("time", at)).float()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.flow import VelocityField
 
 
@@ -23,5 +24,5 @@ class CorrectedField:
     def nfe(self) -> int:
         return self.field.nfe
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         return (1 - self.contrast) * self.field(x, t_B, label_B) - self.contrast * self.mean.to(x)

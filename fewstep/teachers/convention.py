@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.conventions import ConventionConfig
 from fewstep.conversion import canonical_velocity
 
-Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Model = Callable[[Tensor, Tensor, Condition | None], Tensor]
 """``(x [B, *D], time [B], label [B] or None) -> prediction [B, *D]``, all in the model's own convention."""
 
 
@@ -21,7 +22,7 @@ class ConvertedField:
     convention: ConventionConfig
     nfe: int = 1
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return canonical_velocity(self.convention, lambda z, tau: self.model(z, tau, label_B), x, t_B)
 

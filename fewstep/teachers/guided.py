@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition, joined, without
 from fewstep.flow import VelocityField, expand
 
-Contrast = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Contrast = Callable[[Tensor, Tensor, Condition | None], tuple[Tensor, Tensor]]
 """``(x, t, label) -> (good, bad)``: two velocities; guidance goes from the bad one through the good one and beyond."""
 
 
 @dataclass(frozen=True)
 class ClassContrast:
-    """A conditional field with the label against the same field without: classifier-free guidance (Ho and Salimans
-    2207.12598). ``null_label`` stands for "no class". Both come from one call on a doubled batch, which still is two
-    network evaluations per sample."""
+    """A conditional field with the condition against the same field without: classifier-free guidance (Ho and Salimans
+    2207.12598). ``null_label`` stands for "no class", where a class is the condition. Both come from one call on a
+    doubled batch, which still is two network evaluations per sample."""
 
     field: VelocityField
     null_label: int
@@ -25,11 +26,11 @@ class ClassContrast:
     def nfe(self) -> int:
         return 2 * self.field.nfe
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None) -> tuple[Tensor, Tensor]:
         if label_B is None:
             raise ValueError("guidance needs labels")
-        null_B = torch.full_like(label_B, self.null_label)
-        v_c, v_u = self.field(torch.cat((x, x)), torch.cat((t_B, t_B)), torch.cat((label_B, null_B))).chunk(2)
+        both = joined(label_B, without(label_B, self.null_label))
+        v_c, v_u = self.field(torch.cat((x, x)), torch.cat((t_B, t_B)), both).chunk(2)
         return v_c, v_u
 
 
@@ -44,7 +45,7 @@ class WeakContrast:
     def nfe(self) -> int:
         return self.field.nfe + self.weak.nfe
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None) -> tuple[Tensor, Tensor]:
         return self.field(x, t_B, label_B), self.weak(x, t_B, label_B)
 
 
@@ -62,7 +63,7 @@ class GuidedField:
     def nfe(self) -> int:
         return self.contrast.nfe
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         good, bad = self.contrast(x, t_B, label_B)
         beyond = bad + self.w * (good - bad)
         if (self.low, self.high) == (0, 1):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
+
 
 @dataclass(frozen=True)
 class NetworkField:
@@ -17,7 +19,7 @@ class NetworkField:
     net: Callable[..., Tensor]
     nfe: int = 1
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         # A teacher has the precision of its weights, whatever a student is trained in.
         with torch.autocast(x.device.type, enabled=False):
             return self.net(x, t_B, t_B, label_B)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.errors import UsageError
 from fewstep.files import digest
 from fewstep.teachers.config import PythonTeacher
@@ -51,7 +52,7 @@ def identity(config: PythonTeacher, model: Model) -> str:
     return digest(b"".join(parts))
 
 
-def checked(model: Model, target: str, shape: tuple[int, ...], label_B: Tensor | None, device: torch.device) -> None:
+def checked(model: Model, target: str, shape: tuple[int, ...], label_B: Condition | None, device: torch.device) -> None:
     """Ask once: an answer of another shape, or none, is a ``UsageError``."""
     x, t = torch.zeros(2, *shape, device=device), torch.full((2,), 0.5, device=device)
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.consistency.measures import Unit, one
 from fewstep.distill.consistency.steps import Draw, Hop
@@ -25,7 +26,7 @@ class Pairs:
 
     x: Tensor
     e: Tensor
-    label: Tensor | None
+    label: Condition | None
 
 
 Nearer = Callable[[Pairs, Tensor, Hop], Tensor]

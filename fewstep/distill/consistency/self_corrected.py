@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.consistency.measures import CoordinateHuber
 from fewstep.distill.couplings import Noise, gaussian_noise
@@ -80,6 +81,6 @@ class SelfCorrected(TargetedObjective):
         return t, inner, outer
 
     @staticmethod
-    def jump(net: nn.Module, x: Tensor, t_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def jump(net: nn.Module, x: Tensor, t_B: Tensor, label_B: Condition | None) -> Tensor:
         """``f(x, t) = x - t F(x, t)``."""
         return x - expand(t_B, x) * net(x, t_B, torch.zeros_like(t_B), label_B)

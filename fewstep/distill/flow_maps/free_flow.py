@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.flow_maps.weights import Weight, plain
@@ -91,13 +92,13 @@ class FreeFlow(Objective):
         return LossOutput(self.weight(delta, ones, r) + fake_loss, residual, 1 - r, diagnostics)
 
     @torch.no_grad()
-    def predicted(self, z: Tensor, r_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def predicted(self, z: Tensor, r_B: Tensor, label_B: Condition | None) -> tuple[Tensor, Tensor]:
         """``v_T(X, r) + (1 - r) d_r u`` and ``d_r u``, at ``(z, 1, r)``."""
         u, du_dr = self.end_derivative(self.student, z, torch.ones_like(r_B), r_B, label_B)
         gap = expand(1 - r_B, z)
         return self.teacher(z - gap * u, r_B, label_B) + gap * du_dr, du_dr
 
-    def corrected(self, xhat: Tensor, key: Key, index_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def corrected(self, xhat: Tensor, key: Key, index_B: Tensor, label_B: Condition | None) -> tuple[Tensor, Tensor]:
         """Where samples ``xhat`` are to be moved, ``[B, *D]``, and the flow-matching loss ``[B]`` of the fake velocity
         on them."""
         assert self.fake is not None

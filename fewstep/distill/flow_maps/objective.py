@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import lose, lost
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.flow_maps.guidance import NO_GUIDANCE, GuidanceRange
@@ -107,14 +108,14 @@ class FlowMapMatching(TargetedObjective):
 
         label = None if batch.label is None else batch.label[order]
         if label is not None and self.label_dropout:
-            lost = (key.uniform("label_dropout", index) < self.label_dropout) & ~jump
-            label = label.masked_fill(lost, self.null_label)
+            drops = (key.uniform("label_dropout", index) < self.label_dropout) & ~jump
+            label = lose(label, drops, self.null_label)
         told = None
         if self.guidance is not None:
             told = self.guidance.draw(key, index)
             if label is not None:  # without a class there is nothing to guide by
                 none = torch.tensor(NO_GUIDANCE, device=told.device)
-                told = torch.where((label == self.null_label)[:, None], none, told)
+                told = torch.where(lost(label, self.null_label)[:, None], none, told)
         return Rows(point.x_t, pairs.t, pairs.r, label, point.v, index, told), len(index) - int(jump.sum())
 
     def goal(self, tail: Rows, v: Tensor | None, key: Key) -> Goal:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.distill.flow_maps.guidance import NO_GUIDANCE
 from fewstep.distill.tangent import Net
 
@@ -20,7 +21,7 @@ class Rows:
     x: Tensor
     t: Tensor
     r: Tensor
-    label: Tensor | None
+    label: Condition | None
     v_c: Tensor
     index: Tensor
     guidance_B3: Tensor | None = None
@@ -51,7 +52,7 @@ class Guided:
     net: nn.Module
     guidance_B3: Tensor
 
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None) -> Tensor:
         return self.net(x, t_B, r_B, label_B, self.guidance_B3)
 
 

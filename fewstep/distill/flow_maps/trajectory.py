@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.flow_maps.weights import Weight, plain
@@ -71,7 +72,7 @@ class TrajectoryRegression(Objective):
         return torch.cat((one, t, torch.zeros_like(one)), dim=1).float()
 
     @torch.no_grad()
-    def solve(self, e: Tensor, times_GN: Tensor, label: Tensor | None) -> Tensor:
+    def solve(self, e: Tensor, times_GN: Tensor, label: Condition | None) -> Tensor:
         """The teacher's states at all nodes, ``[G, N + 1, *D]``, in full precision: differences of close ones count."""
         states = [e]
         with torch.autocast(e.device.type, enabled=False):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition, lost, without
 from fewstep.distill.flow_maps.guidance import scale_at
 from fewstep.distill.flow_maps.rows import Rows, bound, without_guidance
 from fewstep.flow import VelocityField, expand
@@ -48,7 +49,7 @@ class ContrastedField:
     guidance_B3: Tensor
     nfe: int = 2
 
-    def __call__(self, x: Tensor, t_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
         with torch.no_grad():
             good, bad = self.contrast(x, t_B, label_B)
         w = expand(scale_at(self.guidance_B3, t_B), good).to(good)
@@ -84,10 +85,10 @@ class SelfGuided:
         if rows.label is None:
             raise ValueError("guidance needs labels")
         w = scale_at(guidance_of(rows, self.fixed), rows.t)
-        w = torch.where(rows.label == self.null_label, torch.ones_like(w), w)
+        w = torch.where(lost(rows.label, self.null_label), torch.ones_like(w), w)
         b = 1 - 1 / w if self.mix is None else torch.where(w == 1, 0.0, self.mix)
         a = w * (1 - b)
-        null = torch.full_like(rows.label, self.null_label)
+        null = without(rows.label, self.null_label)
         with torch.no_grad():
             u_null = without_guidance(net, rows)(rows.x, rows.t, rows.t, null)
             v = expand(a, u_null) * rows.v_c + expand(1 - a - b, u_null) * u_null

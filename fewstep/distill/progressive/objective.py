@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.couplings import Noise, gaussian_noise
 from fewstep.distill.flow_maps.guidance import GuidanceRange
@@ -36,7 +37,7 @@ class SolverMap:
     def nfe(self) -> int:
         return self.field.nfe * self.substeps * (1 if self.solver == "euler" else 2)
 
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         return solve(self.field, self.solver, x, t_B, r_B, label_B, substeps=self.substeps)
 
 
@@ -136,7 +137,7 @@ def check_same_grid(state: dict[str, Tensor], grid: Grid) -> None:
 
 @torch.no_grad()
 def two_steps(
-    teacher: FlowMap, x_t: Tensor, t_B: Tensor, m_B: Tensor, s_B: Tensor, label_B: Tensor | None = None
+    teacher: FlowMap, x_t: Tensor, t_B: Tensor, m_B: Tensor, s_B: Tensor, label_B: Condition | None = None
 ) -> Tensor:
     """``v*``: the average velocity over ``[s, t]`` of the teacher's two steps by way of ``m``, in full precision: of
     two close points, and every stage inherits the errors of the one before.

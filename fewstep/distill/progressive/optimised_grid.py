@@ -10,12 +10,13 @@ errors do to each other is not in it.
 import torch
 from torch import Tensor
 
+from fewstep.condition import Condition
 from fewstep.flow import VelocityField, expand
 from fewstep.grids import Grid, uniform_nodes
 
 
 @torch.no_grad()
-def step_costs(field: VelocityField, noise: Tensor, label_B: Tensor | None, fine: int) -> Tensor:
+def step_costs(field: VelocityField, noise: Tensor, label_B: Condition | None, fine: int) -> Tensor:
     """``C``, ``[K + 1, K + 1]`` float64 on the CPU, of ``K = fine`` uniform Euler steps from ``noise [B, *D]``;
     infinite where ``j <= i``."""
     times = torch.tensor(uniform_nodes(fine), dtype=torch.promote_types(torch.float32, noise.dtype))

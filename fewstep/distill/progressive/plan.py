@@ -123,7 +123,7 @@ def _optimised_grid(
     for index in torch.arange(config.samples, device=teacher.device).split(16):
         key = Key(seed)
         noise = SOURCES[teacher.noise.source](key, "grid", index, data.shape)
-        label = index % data.num_classes if data.num_classes else None
+        label = data.drawn_condition(index)
         guidance_B3 = None if draws is None else draws.draw(key, index)
         costs = costs + len(index) * step_costs(field(guidance_B3), noise, label, config.fine)
     return optimised_nodes(costs, steps)

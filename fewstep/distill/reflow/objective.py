@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
 from fewstep.distill.jumps import jump_target
 from fewstep.distill.objective import LossOutput, Objective, mean_square, root_mean_square
@@ -102,7 +103,7 @@ def nodes(steps: int) -> Times:
 
 @torch.no_grad()
 def pair_straightness(
-    field: VelocityField, x: Tensor, e: Tensor, label_B: Tensor | None = None, *, times: int = 32
+    field: VelocityField, x: Tensor, e: Tensor, label_B: Condition | None = None, *, times: int = 32
 ) -> float:
     """``S = E || (e - x) - v(x_t, t) ||^2 / D`` over pairs ``[B, *D]`` and the middles of ``times`` equal parts of
     [0, 1] (2209.03003): zero for a flow along whose straight lines the pairs lie.
