@@ -32,6 +32,7 @@ class FilesConfig(Block):
     of all samples, each time they are drawn. ``max_images`` keeps the first ones. ``resident`` says where the samples
     stay during training: on the device, on the host (from where a thread fetches batches ahead), or wherever they fit.
     ``embeddings`` is a safetensors file, or a folder of them, with the condition of each sample, instead of a class.
+    ``num_classes`` is how many classes there are where these data do not show all of a teacher's.
     """
 
     path: str = Field(min_length=1)
@@ -41,6 +42,7 @@ class FilesConfig(Block):
     max_images: int | None = Field(None, ge=1)
     resident: Literal["auto", "device", "host"] = "auto"
     embeddings: str | None = Field(None, min_length=1)
+    num_classes: int | None = Field(None, ge=1)
 
 
 class ImagesConfig(FilesConfig):

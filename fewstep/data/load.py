@@ -11,7 +11,7 @@ from safetensors.torch import load as load_safetensors
 
 from fewstep.data.config import DataConfig, FilesConfig, ImagesConfig, LatentsConfig, ShardsConfig, ToyConfig
 from fewstep.data.dataset import Dataset
-from fewstep.data.embeddings import load_embeddings
+from fewstep.data.embedding_files import load_embeddings
 from fewstep.data.encoded import Encoded, load_images
 from fewstep.data.folder import open_folder
 from fewstep.data.latents import load_latents
@@ -21,11 +21,16 @@ from fewstep.data.shards import load_shards
 from fewstep.data.tar import open_tar
 from fewstep.data.toys import TOYS
 from fewstep.data.zipped import open_zip
+from fewstep.errors import UsageError
 
 
 def load_data(config: DataConfig) -> Dataset:
     """The data a config asks for, in memory or mapped into it. What is wrong with them is a ``UsageError``."""
     data = LOADS[config.kind](config)
+    if isinstance(config, FilesConfig) and config.num_classes is not None:
+        if config.num_classes < data.num_classes or not data.num_classes:
+            raise UsageError(f"data.num_classes {config.num_classes}: the data show {data.num_classes} classes")
+        data = replace(data, num_classes=config.num_classes)
     if not isinstance(config, FilesConfig) or config.embeddings is None:
         return data
     rows = load_embeddings(expanded(config.embeddings), len(data.x), first=config.max_images is not None)
