@@ -57,6 +57,13 @@ _GUIDED = RegressionBlock | ShortcutConfig | ProgressiveConfig
 """The objectives that guidance can be folded into."""
 
 
+_NO_WEIGHTS = {
+    "analytic": "an analytic teacher has no weights",
+    "python": "a python teacher's weights fit no network of fewstep",
+}
+"""Why a student cannot start from some teachers."""
+
+
 class RunConfig(Block):
     """Everything that determines a run. ``seed`` keys every random draw."""
 
@@ -78,11 +85,8 @@ class RunConfig(Block):
             raise ValueError("student.init scratch needs student.network")
         if self.student.init == "teacher" and self.teacher is None:
             raise ValueError("student.init teacher needs a teacher block")
-        if self.teacher is not None and self.teacher.kind != "run" and self.student.init == "teacher":
-            which = "an analytic teacher has no weights"
-            if self.teacher.kind == "python":
-                which = "a python teacher's weights fit no network of fewstep"
-            raise ValueError(f"{which}: use student.init scratch and give student.network")
+        if self.teacher is not None and self.teacher.kind in _NO_WEIGHTS and self.student.init == "teacher":
+            raise ValueError(f"{_NO_WEIGHTS[self.teacher.kind]}: use student.init scratch and give student.network")
         from_data = (
             isinstance(self.objective, RegressionBlock | ShortcutConfig | ConsistencyBlock)
             and self.objective.velocity == "data"

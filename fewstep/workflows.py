@@ -1,12 +1,13 @@
 """The commands as functions: what ``cli`` calls, and what a script may call instead."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from fewstep.checkpoint import DATA_MEAN, RunDirectory, read_model, write_model
@@ -26,7 +27,7 @@ from fewstep.distill.reflow.pairs import Share, guided_by, make_pairs, request_o
 from fewstep.distill.train import make_accelerator
 from fewstep.encode import prepare_latents
 from fewstep.environment import describe_environment
-from fewstep.errors import UsageError
+from fewstep.errors import UsageError, nearest
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import FeatureExtractor, build_extractor
 from fewstep.evaluation.reference import check_takes, feature_moments, write_statistics
@@ -39,7 +40,12 @@ from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes
 from fewstep.students.maps import GuidanceInput
 from fewstep.students.model_card import model_readme
 from fewstep.teachers.check import TeacherCheck, check_teacher
-from fewstep.teachers.config import RunTeacher, TeacherConfig
+from fewstep.teachers.config import CheckpointTeacher, RunTeacher, TeacherConfig
+from fewstep.teachers.convert import write_converted
+from fewstep.teachers.foreign import read_checkpoint
+from fewstep.teachers.formats.table import FORMATS
+from fewstep.teachers.identify import Checkpoint
+from fewstep.teachers.inspect import inspect_teacher
 from fewstep.teachers.load import Teacher, load_teacher
 
 
@@ -330,7 +336,26 @@ def teacher_check(source: str, overrides: Sequence[str], *, n: int, seed: int) -
         raise UsageError(f"{source} has no teacher block: there is nothing to check")
     data = load_data(config.data)
     teacher = load_teacher(config.teacher, config.data, data, default_device())
-    return check_teacher(config.teacher, teacher, data, n=n, seed=seed)
+    return check_teacher(teacher, data, n=n, seed=seed)
+
+
+def teacher_convert(
+    path: Path, kind: str | None, out: Path | None, *, weights: str, trust: bool, architecture: Mapping[str, Any]
+) -> tuple[Path, Checkpoint]:
+    """A checkpoint of another project as safetensors and JSON; returns the folder, and what was found."""
+    if kind is None:
+        found = inspect_teacher(path, trust=trust, architecture=dict(architecture))
+        if len(found.kinds) > 1:
+            raise UsageError(f"{path} could be {' or '.join(found.kinds)}: say which by --kind")
+        kind = found.kind
+    try:
+        config = CheckpointTeacher.model_validate(
+            {"kind": kind, "path": str(path), "weights": weights, "trust_pickle": trust, "architecture": architecture}
+        )
+    except ValidationError as error:
+        raise UsageError(f"no checkpoint kind {kind}; {nearest(kind, FORMATS)}") from error
+    checkpoint = read_checkpoint(config)
+    return write_converted(checkpoint, out), checkpoint
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def decay_at(config: EMAConfig, k: int) -> float:
 class EMA:
     """``shadow <- shadow + (1 - d_k) (weights - shadow)`` at update ``k``, from the weights at construction on.
 
-    Buffers are copied. Under FSDP2 it is made after sharding and every process averages its own shards.
+    Buffers are copied, and parameters without gradient are the network's own. Under FSDP2 it is made after sharding and
+    every process averages its own shards.
 
     Shadows have the type of their parameters, and rounding stops them at a distance: in float32, up to
     ``6e-8 / (1 - d_k)`` of the size of weights that stand still. Measured, relative: 9e-6 for a decay of 0.999 and
@@ -64,10 +65,16 @@ class EMA:
         self._live: Tensors = dict(net.state_dict(keep_vars=True))
         # Two names of one tensor (tied weights) share one shadow.
         tensors = {id(tensor): tensor for tensor in self._live.values()}
-        kept = {key: local(tensor).detach().clone() for key, tensor in tensors.items()}
+        # What is not trained is not averaged, and needs no second copy (adapters leave most of a network as it is).
+        trained = {key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
+        still = {key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)} - trained
+        kept = {
+            key: local(tensor).detach() if key in still else local(tensor).detach().clone()
+            for key, tensor in tensors.items()
+        }
         self._kept = {name: kept[id(tensor)] for name, tensor in self._live.items()}
         # Listed once: walking the module tree costs more than the update itself on small networks.
-        self._parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
+        self._parameters = [tensor for key, tensor in tensors.items() if key in trained]
         self._shadows = [kept[id(tensor)] for tensor in self._parameters]
         self._buffers = [(kept[key], each) for key, each in tensors.items() if not isinstance(each, nn.Parameter)]
 

@@ -10,6 +10,9 @@ from fewstep.networks.condition import Inputs
 from fewstep.networks.condition_shift import ConditionShift
 from fewstep.networks.config import NetworkConfig
 from fewstep.networks.flot import FloT
+from fewstep.networks.foreign.build import raw_network
+from fewstep.networks.foreign.config import ForeignBlock
+from fewstep.networks.foreign.converted import ForeignNetwork
 from fewstep.networks.mlp import MLP
 from fewstep.networks.unet import UNet
 
@@ -32,7 +35,10 @@ def build_network(
     them; ``guidance`` gives the network that input (see ``ConditionedNetwork``). The initial weights depend on torch's
     global seed: call ``torch.manual_seed`` first. A shape that this kind of network does not take is a ``UsageError``.
     """
-    net = NETWORKS[config.kind](shape, config, Inputs(num_classes, two_times, split, guidance))
+    inputs = Inputs(num_classes, two_times, split, guidance)
+    if isinstance(config, ForeignBlock):
+        return ForeignNetwork(raw_network(config, shape, num_classes), config.convention, inputs)
+    net = NETWORKS[config.kind](shape, config, inputs)
     return ConditionShift(net, shape, num_classes) if config.condition_shift else net
 
 

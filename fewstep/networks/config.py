@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.block import Block
 from fewstep.errors import nearest
+from fewstep.networks.foreign.config import DiTConfig, MinRFConfig
 
 
 class NetworkBlock(Block):
@@ -112,4 +113,6 @@ def _named(value: Any) -> Any:
     return {**named.model_dump(), **changes}
 
 
-NetworkConfig = Annotated[MLPConfig | FloTConfig | UNetConfig, Field(discriminator="kind"), BeforeValidator(_named)]
+NetworkConfig = Annotated[
+    MLPConfig | FloTConfig | UNetConfig | DiTConfig | MinRFConfig, Field(discriminator="kind"), BeforeValidator(_named)
+]

@@ -1,8 +1,9 @@
 """Config of teachers. Imports no torch."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fewstep.block import Block
 from fewstep.conventions import ConventionConfig
@@ -78,4 +79,60 @@ class PythonTeacher(Block):
     guidance: float = Field(1.0, ge=0)
 
 
-TeacherConfig = Annotated[RunTeacher | AnalyticTeacher | PythonTeacher, Field(discriminator="kind")]
+class ForeignTeacher(Block):
+    """What teachers from other projects have in common.
+
+    ``path``: the checkpoint, or what ``fewstep teacher convert`` made of it. ``convention`` replaces that of its kind,
+    for a checkpoint that was trained otherwise. ``guidance`` is the ``w`` of ``v_u + w (v_c - v_u)``, off at 1; beside
+    ``guidance_off_at: 0`` it is read as the ``w`` of ``(1 + w) v_c - w v_u``, and becomes one more. ``noise`` is what
+    the teacher was trained on, for students trained on data. ``precision`` is that of ``RunTeacher``.
+    """
+
+    path: str = Field(min_length=1)
+    convention: ConventionConfig | None = None
+    guidance: float = Field(1.0, ge=0)
+    noise: NoiseConfig = NoiseConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_guidance(cls, given: Any) -> Any:
+        """The one scale, whatever it is counted from."""
+        if not isinstance(given, Mapping) or "guidance_off_at" not in given:
+            return given
+        rest = {name: value for name, value in given.items() if name != "guidance_off_at"}
+        off_at = given["guidance_off_at"]
+        if off_at not in (0, 1):
+            raise ValueError(f"guidance_off_at is 0 or 1, got {off_at}")
+        if "guidance" not in rest:
+            raise ValueError("guidance_off_at says how guidance is counted: give guidance too")
+        return {**rest, "guidance": float(rest["guidance"]) + 1 - off_at}
+
+
+class CheckpointTeacher(ForeignTeacher):
+    """A checkpoint of the project that ``kind`` names.
+
+    ``architecture`` has those fields of its network that weights do not tell, such as ``heads``. ``weights`` takes the
+    average if there is one (``auto``), insists on it, or takes the ``raw`` ones. ``guided_channels`` is how many
+    leading channels guidance moves; by default as many as the project's own sampler, 3 of 4 for SiT and DiT. A pickle
+    that names more than tensors is not opened unless ``trust_pickle`` says that its code may run.
+    """
+
+    kind: Literal["sit", "dit", "repa", "minrf", "torchcfm", "flow_matching", "rectified_flow", "edm", "edm2"]
+    architecture: dict[str, Any] = Field(default_factory=dict)
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    guided_channels: Annotated[int, Field(ge=1)] | Literal["project", "all"] = "project"
+    trust_pickle: bool = False
+
+
+class DiffusersTeacher(ForeignTeacher):
+    """A folder that diffusers saved: a pipeline, or its transformer or U-Net alone. How it counts time is read from its
+    scheduler's config. ``embedded_guidance`` is what a network that was distilled with guidance as an input is told."""
+
+    kind: Literal["diffusers"] = "diffusers"
+    embedded_guidance: float | None = Field(None, ge=0)
+
+
+TeacherConfig = Annotated[
+    RunTeacher | AnalyticTeacher | PythonTeacher | CheckpointTeacher | DiffusersTeacher, Field(discriminator="kind")
+]

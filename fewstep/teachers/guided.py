@@ -17,10 +17,13 @@ Contrast = Callable[[Tensor, Tensor, Condition | None], tuple[Tensor, Tensor]]
 class ClassContrast:
     """A conditional field with the condition against the same field without: classifier-free guidance (Ho and Salimans
     2207.12598). ``null_label`` stands for "no class", where a class is the condition. Both come from one call on a
-    doubled batch, which still is two network evaluations per sample."""
+    doubled batch, which still is two network evaluations per sample. Only the first ``channels`` are guided, if that is
+    not None: beyond them both are the same (the samplers of DiT and SiT guide 3 of their 4 channels).
+    """
 
     field: VelocityField
     null_label: int
+    channels: int | None = None
 
     @property
     def nfe(self) -> int:
@@ -31,6 +34,8 @@ class ClassContrast:
             raise ValueError("guidance needs labels")
         both = joined(label_B, without(label_B, self.null_label))
         v_c, v_u = self.field(torch.cat((x, x)), torch.cat((t_B, t_B)), both).chunk(2)
+        if self.channels is not None:
+            v_u = torch.cat((v_u[:, : self.channels], v_c[:, self.channels :]), dim=1)
         return v_c, v_u
 
 

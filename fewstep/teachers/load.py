@@ -5,6 +5,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,9 +22,18 @@ from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.networks.config import NetworkConfig
 from fewstep.networks.embeddings import to_bfloat16
 from fewstep.teachers.analytic import MixtureTeacher
-from fewstep.teachers.config import AnalyticTeacher, NoiseConfig, PythonTeacher, RunTeacher, TeacherConfig
+from fewstep.teachers.config import (
+    AnalyticTeacher,
+    CheckpointTeacher,
+    DiffusersTeacher,
+    NoiseConfig,
+    PythonTeacher,
+    RunTeacher,
+    TeacherConfig,
+)
 from fewstep.teachers.contrastive import CorrectedField
 from fewstep.teachers.convention import ConvertedField
+from fewstep.teachers.foreign import load_checkpoint, load_diffusers
 from fewstep.teachers.guided import ClassContrast, GuidedField, WeakContrast
 from fewstep.teachers.network import NetworkField, freeze
 from fewstep.teachers.python import checked, identity, load_target
@@ -66,6 +76,8 @@ def load_teacher(config: TeacherConfig, data_config: DataConfig, data: Dataset, 
         return dataclasses.replace(_analytic(config, data_config), device=device)
     if isinstance(config, PythonTeacher):
         return dataclasses.replace(_python(config, data, device), device=device)
+    if isinstance(config, CheckpointTeacher | DiffusersTeacher):
+        return dataclasses.replace(_foreign(config, data, device), device=device)
     return dataclasses.replace(_trained(config, data, device), device=device)
 
 
@@ -181,11 +193,11 @@ def _python(config: PythonTeacher, data: Dataset, device: torch.device) -> Teach
     params = 0
     if isinstance(model, nn.Module):
         model, params = model.to(device), parameter_count(model)
-    checked(model, config.target, data.shape, data.label, device)
+    checked(model, config.target, data, device)
     field = ConvertedField(model, config.convention)
-    contrast = ClassContrast(field, data.num_classes) if data.num_classes else None
+    contrast = ClassContrast(field, data.num_classes) if data.conditional else None
     if config.guidance != 1 and contrast is None:
-        raise UsageError(f"teacher.guidance {config.guidance:g} needs classes, and {data.name} has none")
+        raise UsageError(f"teacher.guidance {config.guidance:g} needs a condition, and {data.name} has none")
     guided = field if config.guidance == 1 or contrast is None else GuidedField(contrast, config.guidance)
     return Teacher(
         name=config.target.partition(":")[2],
@@ -197,4 +209,33 @@ def _python(config: PythonTeacher, data: Dataset, device: torch.device) -> Teach
         params=params,
         contrast=contrast,
         objective="python",
+    )
+
+
+def _foreign(config: CheckpointTeacher | DiffusersTeacher, data: Dataset, device: torch.device) -> Teacher:
+    """A network of another project: its weights are in the one convention from here on."""
+    if isinstance(config, DiffusersTeacher):
+        loaded = load_diffusers(config, data)
+    else:
+        loaded = load_checkpoint(config, data)
+    net = freeze(loaded.net)
+    if config.precision == "bf16":  # a copy: students start from the weights as they were trained
+        evaluated = to_bfloat16(copy.deepcopy(net)).to(device)
+    else:
+        evaluated = net.to(device)
+    field = NetworkField(evaluated)
+    contrast = ClassContrast(field, data.num_classes, loaded.guided_channels) if data.conditional else None
+    if config.guidance != 1 and contrast is None:
+        raise UsageError(f"teacher.guidance {config.guidance:g} needs a condition, and {data.name} has none")
+    return Teacher(
+        name=loaded.name,
+        field=field if config.guidance == 1 or contrast is None else GuidedField(contrast, config.guidance),
+        net=net,
+        network=cast(NetworkConfig, loaded.network),
+        guidance=config.guidance,
+        digest=digest(f"{loaded.digest} {loaded.network.model_dump_json()}".encode()),
+        params=parameter_count(net),
+        noise=config.noise,
+        contrast=contrast,
+        objective=config.kind,
     )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fewstep.condition import Condition
+from fewstep.data.dataset import Dataset
 from fewstep.errors import UsageError
 from fewstep.files import digest
 from fewstep.teachers.config import PythonTeacher
@@ -52,12 +52,13 @@ def identity(config: PythonTeacher, model: Model) -> str:
     return digest(b"".join(parts))
 
 
-def checked(model: Model, target: str, shape: tuple[int, ...], label_B: Condition | None, device: torch.device) -> None:
+def checked(model: Model, target: str, data: Dataset, device: torch.device) -> None:
     """Ask once: an answer of another shape, or none, is a ``UsageError``."""
-    x, t = torch.zeros(2, *shape, device=device), torch.full((2,), 0.5, device=device)
+    x, t = torch.zeros(2, *data.shape, device=device), torch.full((2,), 0.5, device=device)
+    condition = data.condition(torch.arange(2))
     try:
         with torch.no_grad():
-            found = model(x, t, None if label_B is None else label_B[:2].to(device))
+            found = model(x, t, None if condition is None else condition.to(device))
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"teacher.target {target} fails on x {list(x.shape)}: {said}") from error

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from fewstep.checkpoint import Tensors
 from fewstep.distill.config import ConstantEMA, EMAConfig, HalfLifeEMA, PowerEMA, TrainConfig
 from fewstep.distill.ema import EMA, decay_at, power_exponent, relative_std
+from fewstep.distill.objective import Objective
 from fewstep.distill.shards import shard
 
 KINDS: tuple[EMAConfig, ...] = (
@@ -346,3 +347,32 @@ def main(file: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_what_is_not_trained_is_neither_averaged_nor_copied() -> None:
+    net = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3))
+    ema = EMA(net, ConstantEMA(decay=0.5))
+    state = ema.state()
+    assert state["0.weight"].data_ptr() == net[0].weight.data_ptr()
+    assert state["1.weight"].data_ptr() != net[1].weight.data_ptr()
+    before = net[1].weight.detach().clone()
+    with torch.no_grad():
+        net[1].weight.add_(1)
+    ema.update()
+    assert torch.equal(ema.state()["0.weight"], net[0].weight)
+    assert bool(((ema.state()["1.weight"] - before) > 0.1).all())
+
+
+def test_a_student_of_which_little_is_trained_resumes_to_the_same_bits() -> None:
+    def student() -> Objective:
+        objective = tiny.meanflow()
+        for name, parameter in objective.student.named_parameters():
+            parameter.requires_grad_("embed" in name)
+        return objective
+
+    whole = [state.loss for state in tiny.run(student(), 6)]
+    states = tiny.run(student(), 6)
+    start = next(state.snapshot(True) for state in states if state.step == 3)
+    start = {group: {name: value.clone() for name, value in tensors.items()} for group, tensors in start.items()}
+    assert len(start["optimizer"]) < 3 * len(start["student"])
+    assert [state.loss for state in tiny.run(student(), 6, start=start, done=3)] == whole[3:]

@@ -39,6 +39,12 @@ class Net(nn.Module):
         return self.drift.expand_as(x)
 
 
+def aside(x, t, label):
+    from fewstep.teachers.analytic import GaussianTeacher
+
+    return GaussianTeacher(0.4, 0.6)(x, t)
+
+
 def wide(x, t, label):
     return torch.cat((x, x), dim=1)
 
@@ -98,11 +104,21 @@ def test_a_right_one_and_what_it_shows(config: str) -> None:
     assert "right" in result.stderr.splitlines()[-1]
 
 
-def test_a_network_of_the_wrong_data_has_samples_elsewhere(config: str) -> None:
-    """Least loss as declared is not enough: this one is as wrong whatever is declared, and its samples drift away."""
-    result = cli("teacher", "check", config, "teacher.target=my_models:Net")
+def test_a_network_of_other_data_has_samples_elsewhere(config: str) -> None:
+    """Least loss as declared is not enough: this one knows data that lie elsewhere."""
+    result = cli("teacher", "check", config, "teacher.target=my_models:aside")
     assert result.exit_code == 4
     assert "has the least loss as it is declared, but samples of mean" in result.stderr
+
+
+def test_a_network_that_knows_nothing_is_no_teacher(config: str) -> None:
+    """It is as wrong whatever is declared, and its samples drift away."""
+    result = cli("teacher", "check", config, "teacher.target=my_models:Net", "--json")
+    assert result.exit_code == 4
+    assert "says nothing of these data in any reading: its loss is" in result.stderr
+    found = json.loads(result.stdout)
+    assert not found["right"]
+    assert found["silent"] < min(found["losses"].values())
 
 
 def test_teachers_of_runs_and_of_formulas_are_checked_too(config: str) -> None:

@@ -261,12 +261,23 @@ def test_what_is_declared_has_to_fit() -> None:
 
 
 def test_a_declared_convention() -> None:
-    """What it leaves out is as the project has it."""
+    """What it leaves out is as the project has it, where that has a meaning."""
     made = weights("sit-xl-2")
-    wanted = ConventionConfig(path="cosine", noise_at=0, velocity_to="data")
-    for told in ({"path": "cosine"}, ConventionConfig(path="cosine"), wanted):
-        assert SIT.read(made, {"convention": told}).network.convention == wanted
-    assert SIT.read(made, {"convention": {"noise_at": 1}}).network.convention == ConventionConfig(velocity_to="data")
+
+    def read(each: Format, told: object) -> ConventionConfig:
+        return each.read(made, {"convention": told}).network.convention
+
+    cosine = ConventionConfig(path="cosine", noise_at=0, velocity_to="data")
+    for told in ({"path": "cosine"}, ConventionConfig(path="cosine"), cosine):
+        assert read(SIT, told) == cosine
+    assert read(SIT, {"noise_at": 1}) == ConventionConfig(velocity_to="data")
+    assert read(SIT, {"prediction": "score", "latest": 0.99}) == ConventionConfig(
+        prediction="score", noise_at=0, latest=0.99
+    )
+    assert read(DIT, {"path": "cosine"}) == ConventionConfig(
+        path="cosine", prediction="noise", time_scale=999.0, latest=0.999
+    )
+    assert read(DIT, {"betas": {"end": 0.01}}).path == "betas"
 
 
 @pytest.mark.parametrize("each", [SIT, DIT], ids=lambda each: each.name)
@@ -299,16 +310,25 @@ def repa_says(z: Tensor, t: Tensor) -> Tensor:
     return -sit_says(z, 1 - t)
 
 
+def gvp_says(z: Tensor, t: Tensor) -> Tensor:
+    """The mean of the derivative of ``z = sin(pi t / 2) data + cos(pi t / 2) noise`` given ``z``."""
+    sin, cos = (math.pi / 2 * t[:, None]).sin(), (math.pi / 2 * t[:, None]).cos()
+    off = (z - sin * MEAN) / (sin**2 * STD**2 + cos**2)
+    return math.pi / 2 * (cos * (MEAN + sin * STD**2 * off) - sin * cos * off)
+
+
 SAYS = {"sit": sit_says, "dit": dit_says, "repa": repa_says, "minrf": repa_says}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "sit on its path GVP"])
 def test_an_exact_model_is_read_as_the_exact_velocity(name: str) -> None:
     """Of a Gaussian, by a model that is told time and says its output as the project has them."""
-    convention, shares = FORMATS[name].convention, noise_shares(DIT.convention.betas)  # type: ignore[arg-type]
+    shares = noise_shares(DIT.convention.betas)  # type: ignore[arg-type]
+    gvp = SIT.convention.model_copy(update={"path": "cosine"})
+    convention, says = (FORMATS[name].convention, SAYS[name]) if name in FORMATS else (gvp, gvp_says)
     t = shares[::37] if name == "dit" else torch.linspace(0.01, 0.99, 28, dtype=torch.float64)
     x = torch.linspace(-2, 2, 3 * len(t), dtype=torch.float64).reshape(-1, 3)
-    field = ConvertedField(lambda z, clock, label: SAYS[name](z, clock), convention)
+    field = ConvertedField(lambda z, clock, label: says(z, clock), convention)
     torch.testing.assert_close(field(x, t), GaussianTeacher(MEAN, STD)(x, t), rtol=0, atol=1e-9)
 
 

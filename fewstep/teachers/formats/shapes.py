@@ -43,17 +43,28 @@ def root(count: int, what: str) -> int:
 def settled(block: type[Config], inferred: Mapping[str, Any], said: Mapping[str, Any]) -> Config:
     """The config of what weights say and a user adds to it. ``ValueError`` if the two differ.
 
-    Of ``convention`` a user has the last word; what that leaves out is as the weights' own project has it.
+    Of ``convention`` a user has the last word: see ``completed``.
     """
-    told = said.get("convention", {})
-    convention = told.model_dump(exclude_unset=True) if isinstance(told, ConventionConfig) else told
-    own = ConventionConfig.model_validate(inferred.get("convention", {})).model_dump()
-    config = block.model_validate({**inferred, **said, "convention": {**own, **convention}})
+    own = ConventionConfig.model_validate(inferred.get("convention", {}))
+    convention = completed(own, said.get("convention", {}))
+    config = block.model_validate({**inferred, **said, "convention": convention})
     declared = dict(config)
     for name, value in inferred.items():
         if name != "convention" and declared[name] != value:
             raise ValueError(f"{name} is {value} by the weights, and {declared[name]} was declared")
     return config
+
+
+def completed(own: ConventionConfig, said: ConventionConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A declared convention's fields; what it leaves out is as the weights' own project has it, where that has a
+    meaning still."""
+    told = said.model_dump(exclude_unset=True) if isinstance(said, ConventionConfig) else dict(said)
+    fields = own.model_dump()
+    if told.get("path", own.path) != own.path:
+        del fields["betas"]
+    if told.get("prediction", own.prediction) != "velocity":
+        del fields["velocity_to"]
+    return {**fields, **told}
 
 
 DATASETS = (10, 100, 1000)

@@ -164,7 +164,11 @@ def test_in_bfloat16(how: str) -> None:
         net.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         found = net(x, tau, label)
+        time = net.t_embedder(torch.tensor([0.75, 0.7501]))
     assert found.dtype == torch.float32
+    if how == "autocast":
+        assert time.dtype == torch.float32
+        assert (time[0] != time[1]).any()
     assert 1e-4 < (found - wanted).norm() / wanted.norm() < 3e-2
 
 

@@ -1,0 +1,19 @@
+"""From the config of a network from elsewhere to its module, through one literal dict."""
+
+from typing import Any
+
+from torch import nn
+
+from fewstep.networks.foreign.config import ForeignBlock
+from fewstep.networks.foreign.dit import DiT
+from fewstep.networks.foreign.minrf import MinRF
+
+RAW: dict[str, Any] = {
+    "dit": DiT,
+    "minrf": MinRF,
+}
+
+
+def raw_network(config: ForeignBlock, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A freshly initialised network as its own project has it, for samples of ``shape``; see ``Raw``."""
+    return RAW[config.kind](shape, config, num_classes)  # type: ignore[attr-defined]
