@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from fewstep.compat import prepare_torchvision
 from fewstep.environment import describe_environment
 from fewstep.errors import EnvironmentFault
-from fewstep.evaluation.compat import prepare_torchvision
 from fewstep.evaluation.weights import INCEPTION, find_weights
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.compat import prepare_torchvision
 from fewstep.data.config import DataConfig, FilesConfig
 from fewstep.data.dataset import LatentScale
 from fewstep.data.encoded import Reported, unreported
@@ -19,7 +20,6 @@ from fewstep.data.paths import expanded
 from fewstep.data.prepare import check_out, write_shards
 from fewstep.data.stream import Run, Stream, stream
 from fewstep.errors import EnvironmentFault, UsageError
-from fewstep.evaluation.compat import prepare_torchvision
 from fewstep.evaluation.features import full_float32
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

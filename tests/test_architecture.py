@@ -17,6 +17,7 @@ MODULES = {
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "block",
+        "compat",
         "conventions",
         "conversion",
         "condition",
@@ -71,7 +72,7 @@ SEPARATE = {
 """Parts that do not see each other although the layers would let them."""
 
 HEAVY = {"torch", "numpy", "matplotlib", "accelerate", "safetensors", "torchvision", "torchmetrics", "cleanfid", "PIL"}
-OPTIONAL = {"torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers"}
+OPTIONAL = {"torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers", "peft"}
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.compat import prepare_torchvision
 from fewstep.errors import UsageError, nearest
-from fewstep.evaluation.compat import prepare_torchvision
 from fewstep.evaluation.digits_classifier import FEATURE_DIM, DigitsClassifier, load_digits_classifier
 from fewstep.evaluation.weights import INCEPTION, WeightsFile, find_weights, read_verified
 

@@ -10,9 +10,9 @@ import torch
 from conftest import refuse, succeed
 from written import as_folder, images
 
+from fewstep.compat import prepare_torchvision
 from fewstep.data.config import LatentsConfig
 from fewstep.data.load import load_data
-from fewstep.evaluation.compat import prepare_torchvision
 
 
 @pytest.fixture(scope="module")

@@ -227,7 +227,7 @@ def test_against_scipy_sqrtm():
 
 def test_against_torchmetrics():
     try:
-        from fewstep.evaluation.compat import prepare_torchvision
+        from fewstep.compat import prepare_torchvision
 
         prepare_torchvision()
         from torchmetrics.image.fid import FrechetInceptionDistance

@@ -87,7 +87,7 @@ def test_unusable_features_are_an_error():
 
 def test_against_torchmetrics():
     try:
-        from fewstep.evaluation.compat import prepare_torchvision
+        from fewstep.compat import prepare_torchvision
 
         prepare_torchvision()
         from torchmetrics.image.kid import poly_mmd

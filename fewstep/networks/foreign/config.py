@@ -1,6 +1,6 @@
 """Config of networks from elsewhere: what their weights do not say, and how to read them. Imports no torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,3 +55,42 @@ class MinRFConfig(ForeignBlock):
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} has to be a multiple of 2 x heads, here {2 * self.heads}")
         return self
+
+
+DiffusersFamily = Literal[
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "SanaTransformer2DModel",
+    "Lumina2Transformer2DModel",
+    "AuraFlowTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "DiTTransformer2DModel",
+    "UNet2DModel",
+]
+"""The networks of diffusers that can be called, by their class there."""
+
+
+class LoRAConfig(Block):
+    """Low-rank adapters (2106.09685) of ``rank`` in the layers whose names end in one of ``targets``; everything else
+    of the network stays as it is. They act with ``alpha / rank``; ``alpha`` is the rank unless it is said."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+
+
+class DiffusersConfig(ForeignBlock):
+    """A network that diffusers defines: its class there, and that class's ``config`` as ``config.json`` has it.
+
+    ``embedded_guidance`` is the scale that a guidance-distilled network is told (3.5 is usual for FLUX.1-dev).
+    ``null_class``: the last class embedding of a ``UNet2DModel`` stands for no class. ``pixels`` is how many of them a
+    latent has a side, which PixArt is told. ``lora`` trains adapters alone.
+    """
+
+    kind: Literal["diffusers"] = "diffusers"
+    family: DiffusersFamily
+    config: dict[str, Any]
+    embedded_guidance: float | None = Field(None, ge=0)
+    null_class: bool = False
+    pixels: int = Field(8, ge=1)
+    lora: LoRAConfig | None = None

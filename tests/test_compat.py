@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.evaluation import compat
+from fewstep import compat
 
 STAND_IN = "import torch; torch.library.register_fake('torchvision::nms')(lambda dets, scores, threshold: dets)\n"
 
@@ -33,7 +33,7 @@ def test_the_installed_torchvision_and_its_dependents_import():
     if find_spec("torchvision") is None or find_spec("cleanfid") is None:
         pytest.skip("torchvision and clean-fid are not both installed")
     out = run(
-        "from fewstep.evaluation.compat import prepare_torchvision as p; first = p()\n"
+        "from fewstep.compat import prepare_torchvision as p; first = p()\n"
         "import torchvision.transforms, cleanfid.fid\n"
         "print(first == p(), first)"
     )
@@ -48,7 +48,7 @@ def test_a_binary_that_does_not_load_is_replaced_by_declarations(tmp_path):
         "try:\n    import torchvision\n"
         "except RuntimeError as error: assert 'operator torchvision::nms does not exist' in str(error)\n"
         "else: raise AssertionError('the stand-in needs no repair')\n"
-        "from fewstep.evaluation.compat import prepare_torchvision as p; p(); gc.collect()\n"
+        "from fewstep.compat import prepare_torchvision as p; p(); gc.collect()\n"
         "import torchvision\n"
         "print(p(), '|', torch.ops.torchvision.nms.default, torch.ops.torchvision.qnms.default)",
         tmp_path,
@@ -62,7 +62,7 @@ def test_a_binary_that_loads_is_left_to_declare_its_own(tmp_path):
     shutil.copy(torch._C.__file__, stand_in(tmp_path))
     out = run(
         "import torch; torch.version.cuda = None\n"
-        "from fewstep.evaluation.compat import prepare_torchvision as p\n"
+        "from fewstep.compat import prepare_torchvision as p\n"
         "print(p(), '|', hasattr(torch.ops.torchvision, 'nms'))",
         tmp_path,
     )
