@@ -1,5 +1,6 @@
 """What a finished training leaves: ``model/``, ready to load."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from fewstep.environment import commit
 from fewstep.files import digest
 from fewstep.grids import Grid, uniform_nodes
 from fewstep.networks.build import parameter_count
+from fewstep.networks.foreign.lora import save_lora
+from fewstep.students.initialise import network_of
 from fewstep.students.model_card import model_readme
 from fewstep.teachers.config import NoiseConfig
 from fewstep.teachers.load import Teacher
@@ -53,8 +56,7 @@ def export(
         sampler["sampler"] = config.objective.sampler if isinstance(config.objective, ReflowConfig) else "euler"
     if is_teacher:
         sampler["solver"] = "euler"
-    network = config.student.network or (teacher.network if teacher is not None else None)
-    assert network is not None
+    network = network_of(config.student, None if teacher is None else teacher.network)
     card = {
         "fewstep": fewstep.__version__,
         "commit": commit(),
@@ -81,7 +83,17 @@ def export(
     if config.objective.kind == "flow_matching" and config.objective.contrast:
         card["contrast"] = config.objective.contrast
         weights[DATA_MEAN] = {"mean": data_mean(data)}
+    if config.student.lora is not None:
+        _export_adapters(run, student, exported)
     write_model(run.model, card, sampler, weights, model_readme(card, sampler))
+
+
+def _export_adapters(run: RunDirectory, student: nn.Module, exported: dict[int, Tensors]) -> None:
+    """The adapters by themselves, as diffusers loads them: in ``model/``, or in a folder for each step count."""
+    net = copy.deepcopy(student)
+    for serves, weights in exported.items():
+        net.load_state_dict(weights)
+        save_lora(net.net.net, run.model if len(exported) == 1 else run.model / f"lora-steps-{serves}")  # type: ignore
 
 
 def _files(exported: dict[int, Tensors]) -> dict[int, str]:

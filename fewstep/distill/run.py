@@ -41,7 +41,7 @@ from fewstep.environment import describe_environment
 from fewstep.errors import FewstepError, UsageError, is_out_of_memory
 from fewstep.files import read_json, write_atomic, write_json
 from fewstep.networks.build import build_network
-from fewstep.students.initialise import copy_teacher
+from fewstep.students.initialise import copy_teacher, network_of
 from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.load import Teacher, load_teacher
 from fewstep.teachers.network import freeze
@@ -390,7 +390,7 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
         if network is not None and network != teacher.network:
             raise UsageError("student.network differs from the teacher's: leave it out, or set student.init to scratch")
         network = teacher.network
-    assert network is not None
+    network = network_of(config.student, network)
     torch.manual_seed(config.seed)
     student = build_network(
         network,

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.block import Block
 from fewstep.errors import nearest
-from fewstep.networks.foreign.config import DiTConfig, MinRFConfig
+from fewstep.networks.foreign.config import ForeignConfig
 
 
 class NetworkBlock(Block):
@@ -114,5 +114,5 @@ def _named(value: Any) -> Any:
 
 
 NetworkConfig = Annotated[
-    MLPConfig | FloTConfig | UNetConfig | DiTConfig | MinRFConfig, Field(discriminator="kind"), BeforeValidator(_named)
+    MLPConfig | FloTConfig | UNetConfig | ForeignConfig, Field(discriminator="kind"), BeforeValidator(_named)
 ]

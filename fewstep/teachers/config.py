@@ -1,12 +1,12 @@
 """Config of teachers. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from fewstep.block import Block
-from fewstep.conventions import ConventionConfig
+from fewstep.conventions import ConventionConfig, GuidanceForm, canonical_guidance
 
 
 class IndependentCoupling(Block):
@@ -84,8 +84,8 @@ class ForeignTeacher(Block):
 
     ``path``: the checkpoint, or what ``fewstep teacher convert`` made of it. ``convention`` replaces that of its kind,
     for a checkpoint that was trained otherwise. ``guidance`` is the ``w`` of ``v_u + w (v_c - v_u)``, off at 1; beside
-    ``guidance_off_at: 0`` it is read as the ``w`` of ``(1 + w) v_c - w v_u``, and becomes one more. ``noise`` is what
-    the teacher was trained on, for students trained on data. ``precision`` is that of ``RunTeacher``.
+    ``guidance_form: excess`` it is read as the ``w`` of ``v_c + w (v_c - v_u)``, and becomes one more. ``noise`` is
+    what the teacher was trained on, for students trained on data. ``precision`` is that of ``RunTeacher``.
     """
 
     path: str = Field(min_length=1)
@@ -98,15 +98,15 @@ class ForeignTeacher(Block):
     @classmethod
     def _one_guidance(cls, given: Any) -> Any:
         """The one scale, whatever it is counted from."""
-        if not isinstance(given, Mapping) or "guidance_off_at" not in given:
+        if not isinstance(given, Mapping) or "guidance_form" not in given:
             return given
-        rest = {name: value for name, value in given.items() if name != "guidance_off_at"}
-        off_at = given["guidance_off_at"]
-        if off_at not in (0, 1):
-            raise ValueError(f"guidance_off_at is 0 or 1, got {off_at}")
+        rest = {name: value for name, value in given.items() if name != "guidance_form"}
+        form = given["guidance_form"]
+        if form not in get_args(GuidanceForm):
+            raise ValueError(f"guidance_form is scale (off at 1) or excess (off at 0), not {form}")
         if "guidance" not in rest:
-            raise ValueError("guidance_off_at says how guidance is counted: give guidance too")
-        return {**rest, "guidance": float(rest["guidance"]) + 1 - off_at}
+            raise ValueError("guidance_form says how guidance is counted: give guidance too")
+        return {**rest, "guidance": canonical_guidance(float(rest["guidance"]), form)}
 
 
 class CheckpointTeacher(ForeignTeacher):

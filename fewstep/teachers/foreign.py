@@ -6,15 +6,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.dataset import Dataset
+import torch
+
+from fewstep.console import say
+from fewstep.data.dataset import Dataset, LatentScale
 from fewstep.errors import UsageError
-from fewstep.networks.foreign.config import ForeignBlock
+from fewstep.files import digest
+from fewstep.networks.condition import Inputs
+from fewstep.networks.foreign.build import raw_network
+from fewstep.networks.foreign.config import DiffusersConfig, ForeignConfig
 from fewstep.networks.foreign.converted import ForeignNetwork
+from fewstep.networks.foreign.diffusers_families import FAMILIES
 from fewstep.teachers.config import CheckpointTeacher, DiffusersTeacher
 from fewstep.teachers.containers import choose
 from fewstep.teachers.convert import find_converted, is_converted, read_converted
+from fewstep.teachers.formats.diffusers import DiffusersFound, read_folder
 from fewstep.teachers.formats.table import FORMATS
-from fewstep.teachers.identify import Checkpoint, Source, identified
+from fewstep.teachers.identify import Checkpoint, Source, check_names, check_numbers, identified, in_float32
 from fewstep.teachers.pickles import Opened, open_checkpoint
 
 
@@ -68,7 +76,7 @@ class Loaded:
 
     name: str
     net: ForeignNetwork
-    network: ForeignBlock
+    network: ForeignConfig
     digest: str
     guided_channels: int | None
 
@@ -77,7 +85,8 @@ def load_checkpoint(config: CheckpointTeacher, data: Dataset) -> Loaded:
     """The network of a checkpoint for these data. What does not fit them is a ``UsageError``."""
     checkpoint = read_checkpoint(config)
     found = checkpoint.found
-    check_fits(config.path, (found.channels, found.side), found.num_classes, data)
+    sides = None if found.side is None else (found.side, found.side)
+    check_fits(config.path, found.channels, sides, found.num_classes, data)
     guided = checkpoint.format.guided_channels if config.guided_channels == "project" else config.guided_channels
     return Loaded(
         name=Path(config.path).stem,
@@ -88,15 +97,32 @@ def load_checkpoint(config: CheckpointTeacher, data: Dataset) -> Loaded:
     )
 
 
-def check_fits(path: str, sample: tuple[int, int | None], num_classes: int, data: Dataset) -> None:
-    """A ``UsageError`` unless data have the shape and the classes of a teacher; ``sample`` is channels and side."""
-    channels, side = sample
-    takes = f"{channels} x {side} x {side}" if side else f"{channels} channels"
-    if len(data.shape) != 3 or data.shape[0] != channels or (side and data.shape[1:] != (side, side)):
+def check_fits(
+    path: str,
+    channels: int,
+    sides: tuple[int, int] | None,
+    num_classes: int,
+    data: Dataset,
+    *,
+    told: tuple[str, ...] = (),
+) -> None:
+    """A ``UsageError`` unless data have the shape and the conditions of a teacher: of ``sides`` (height and width)
+    unless that is None, and either ``num_classes`` classes or the embeddings that it is ``told``."""
+    takes = _by((channels, *sides)) if sides else f"{channels} channels"
+    if len(data.shape) != 3 or data.shape[0] != channels or (sides and data.shape[1:] != sides):
         latents = ": it takes latents (data.kind=latents)" if channels >= 4 and data.kind != "latents" else ""
         raise UsageError(f"the teacher {path} takes {takes}, the data {data.name} are {_by(data.shape)}{latents}")
+    if told and data.embeddings is None:
+        raise UsageError(f"the teacher {path} is told {' and '.join(told)}: give them in data.embeddings")
+    if told:
+        assert data.embeddings is not None
+        absent = [name for name in told if name not in data.embeddings.values]
+        if absent:
+            has = ", ".join(data.embeddings.values)
+            raise UsageError(f"the teacher {path} is told {' and '.join(told)}; data.embeddings has {has}")
+        return
     if data.embeddings is not None:
-        raise UsageError(f"the teacher {path} takes classes, not data.embeddings")
+        raise UsageError(f"the teacher {path} takes {'classes' if num_classes else 'no condition'}: no data.embeddings")
     if data.num_classes != num_classes:
         remedy = "set data.labels=false" if not num_classes else f"set data.num_classes={num_classes} if these are its"
         raise UsageError(
@@ -109,4 +135,45 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def load_diffusers(config: DiffusersTeacher, data: Dataset) -> Loaded:
-    raise NotImplementedError
+    """The network of a diffusers folder for these data. What does not fit them is a ``UsageError``."""
+    found = read_diffusers(config)
+    check_fits(config.path, found.channels, found.sides, found.num_classes, data, told=told(found.network))
+    inputs = Inputs(found.num_classes, two_times=False)
+    raw = raw_network(found.network, data.shape, found.num_classes)
+    weights = found.weights()
+    check_numbers(weights, config.path)
+    check_names(weights, raw.state_dict(), found.network.family, config.path)
+    raw.load_state_dict(in_float32(weights))
+    _compare_scale(config.path, found.latent, data)
+    digests = [file_digest(file) for file in found.files]
+    return Loaded(
+        name=Path(config.path).name,
+        net=ForeignNetwork(raw, found.network.convention, inputs),
+        network=found.network,
+        digest=digest(" ".join(digests).encode()),
+        guided_channels=None,
+    )
+
+
+def read_diffusers(config: DiffusersTeacher) -> DiffusersFound:
+    """What the folder of a config holds, under what the config declares."""
+    said = config.model_dump(include={"convention", "embedded_guidance"}, exclude_none=True)
+    return read_folder(Path(config.path), said)
+
+
+def told(network: DiffusersConfig) -> tuple[str, ...]:
+    """The names of the tensors that a network is told; none for one of classes."""
+    return tuple(FAMILIES[network.family].told)
+
+
+def _compare_scale(path: str, latent: LatentScale | None, data: Dataset) -> None:
+    """Say so if latents are scaled otherwise than the teacher's autoencoder says."""
+    if latent is None or data.latent is None:
+        return
+    theirs, ours = latent.to_json(), data.latent.to_json()
+    for name in ("scale", "shift"):
+        if not torch.allclose(torch.tensor(theirs[name]), torch.tensor(ours[name]), rtol=1e-3, atol=1e-6):
+            say(
+                f"warning: the latents have {name} {ours[name][0]:g}, and the autoencoder of {path} says "
+                f"{theirs[name][0]:g}: set data.{name} if they are its"
+            )

@@ -49,7 +49,7 @@ class Checkpoint:
     def network(self, shape: tuple[int, ...]) -> ForeignNetwork:
         """The network with its weights, for samples of ``shape``, in float32."""
         raw = raw_network(self.found.network, shape, self.found.num_classes)
-        raw.load_state_dict({name: _float32(tensor) for name, tensor in self.found.weights.items()})
+        raw.load_state_dict(in_float32(self.found.weights))
         return ForeignNetwork(raw, self.found.network.convention, Inputs(self.found.num_classes, two_times=False))
 
 
@@ -80,12 +80,17 @@ def checked_whole(found: Found, title: str, where: str) -> None:
     with torch.device("meta"):
         side = found.side or 2**6
         expected = raw_network(found.network, (found.channels, side, side), found.num_classes).state_dict()
-    missing = [name for name in expected if name not in found.weights]
-    surplus = [name for name in found.weights if name not in expected]
+    check_names(found.weights, expected, title, where)
+
+
+def check_names(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], title: str, where: str) -> None:
+    """A ``UsageError`` with counts unless weights have the names, the shapes and the kind of numbers expected."""
+    missing = [name for name in expected if name not in weights]
+    surplus = [name for name in weights if name not in expected]
     reshaped = [
-        f"{name} {list(found.weights[name].shape)} for {list(expected[name].shape)}"
+        f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
         for name in expected
-        if name in found.weights and found.weights[name].shape != expected[name].shape
+        if name in weights and weights[name].shape != expected[name].shape
     ]
     said = []
     for what, names in (("missing", missing), ("unexpected", surplus), ("of another shape", reshaped)):
@@ -93,7 +98,7 @@ def checked_whole(found: Found, title: str, where: str) -> None:
             said.append(f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})")
     if said:
         raise UsageError(f"{where} is not a whole {title} checkpoint: of {len(expected)} weights {', '.join(said)}")
-    for name, tensor in found.weights.items():
+    for name, tensor in weights.items():
         if expected[name].is_floating_point() and (not tensor.is_floating_point() or tensor.element_size() < 2):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UsageError(f"{where}: {name} is {kind}: quantised weights are not read, only floating-point ones")
@@ -107,5 +112,6 @@ def dtypes(weights: Mapping[str, Tensor]) -> str:
     return ", ".join(name for name, _ in counts.most_common())
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def in_float32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in the precision that training keeps them in."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.checkpoint import read_model
+from fewstep.conventions import ConventionConfig
 from fewstep.errors import UsageError
-from fewstep.files import read_json
+from fewstep.files import digest, read_json
 from fewstep.networks.build import network_from_card, parameter_count
+from fewstep.networks.foreign.build import raw_network
 from fewstep.networks.foreign.config import ForeignBlock
-from fewstep.teachers.config import ConventionConfig
 from fewstep.teachers.containers import choose
 from fewstep.teachers.convert import CARD, find_converted, is_converted, read_converted
-from fewstep.teachers.foreign import made_with
+from fewstep.teachers.foreign import file_digest, made_with, told
+from fewstep.teachers.formats.diffusers import INDEX, read_folder
 from fewstep.teachers.formats.table import FORMATS
-from fewstep.teachers.identify import Checkpoint, dtypes, identified
+from fewstep.teachers.identify import Checkpoint, check_names, dtypes, identified
 from fewstep.teachers.pickles import open_checkpoint
 
 
@@ -135,7 +137,7 @@ def _folder(path: Path) -> TeacherInspection:
         checkpoint = read_converted(path, kind)
         notes = [f"converted from {checkpoint.source.path.name}"]
         return _inspection(checkpoint, (kind,), "converted", checkpoint.source.digest, str(path), notes)
-    if is_folder(path):
+    if (path / INDEX).is_file() or ((path / "config.json").is_file() and not (path / "sampler.json").is_file()):
         return _diffusers(path)
     exported = read_model(path)  # says so if it is none
     config, net = network_from_card(exported.card)
@@ -168,27 +170,40 @@ def _diffusers(path: Path) -> TeacherInspection:
     found = read_folder(path)
     network, convention = _described(found.network)
     weights = found.weights()
+    raw = raw_network(found.network, (found.channels, *(found.sides or (64, 64))), found.num_classes)
+    check_names(weights, raw.state_dict(), found.network.family, str(path))
+    notes = []
+    if found.scheduler is not None:
+        moved = "with the size of the image" if found.scheduler.dynamic else f"by {found.scheduler.shift:g}"
+        moves = found.scheduler.dynamic or found.scheduler.shift != 1
+        notes.append(f"read by its {found.scheduler.name}" + (f", which shifts its grids {moved}" if moves else ""))
+    if found.latent is not None:
+        scale, shift = (found.latent.to_json()[name][0] for name in ("scale", "shift"))
+        notes.append(f"its autoencoder says of latents: data.scale {scale:g}, data.shift {shift:g}")
+    wanted = told(found.network)
+    if wanted:
+        notes.append(f"data.embeddings has to hold {' and '.join(wanted)}")
     return TeacherInspection(
         path=str(path),
         kind="diffusers",
         kinds=("diffusers",),
         title=f"diffusers {found.network.family}",
         kind_of_file="safetensors",
-        digest=found.digest,
-        place=found.place,
+        digest=digest(" ".join(map(file_digest, found.files)).encode()),
+        place=", ".join(file.name for file in found.files),
         averaged=False,
         beside=(),
         params=sum(tensor.numel() for tensor in weights.values()),
         dtype=dtypes(weights),
         channels=found.channels,
-        side=found.side,
+        side=found.sides[0] if found.sides else None,
         num_classes=found.num_classes,
         network=network,
         convention=convention,
         guided_channels=None,
         license=found.license,
         left_out=(),
-        notes=found.notes,
+        notes=tuple(notes),
     )
 
 

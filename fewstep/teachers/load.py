@@ -5,7 +5,6 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -231,7 +230,7 @@ def _foreign(config: CheckpointTeacher | DiffusersTeacher, data: Dataset, device
         name=loaded.name,
         field=field if config.guidance == 1 or contrast is None else GuidedField(contrast, config.guidance),
         net=net,
-        network=cast(NetworkConfig, loaded.network),
+        network=loaded.network,
         guidance=config.guidance,
         digest=digest(f"{loaded.digest} {loaded.network.model_dump_json()}".encode()),
         params=parameter_count(net),

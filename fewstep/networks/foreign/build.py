@@ -5,12 +5,14 @@ from typing import Any
 from torch import nn
 
 from fewstep.networks.foreign.config import ForeignBlock
+from fewstep.networks.foreign.diffusers import DiffusersNetwork
 from fewstep.networks.foreign.dit import DiT
 from fewstep.networks.foreign.minrf import MinRF
 
 RAW: dict[str, Any] = {
     "dit": DiT,
     "minrf": MinRF,
+    "diffusers": DiffusersNetwork,
 }
 
 

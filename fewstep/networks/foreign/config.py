@@ -94,3 +94,7 @@ class DiffusersConfig(ForeignBlock):
     null_class: bool = False
     pixels: int = Field(8, ge=1)
     lora: LoRAConfig | None = None
+
+
+ForeignConfig = DiTConfig | MinRFConfig | DiffusersConfig
+"""Every network from elsewhere, by its ``kind``."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.conventions import ConventionConfig
-from fewstep.networks.foreign.config import ForeignBlock
+from fewstep.conventions import ConventionConfig, GuidanceForm
+from fewstep.networks.foreign.config import ForeignConfig
 
 Weights = Mapping[str, Tensor]
 
@@ -22,7 +22,7 @@ class Found:
     that no sampling needs, such as heads that served training alone.
     """
 
-    network: ForeignBlock
+    network: ForeignConfig
     channels: int
     side: int | None
     num_classes: int
@@ -46,6 +46,6 @@ class Format:
     convention: ConventionConfig
     recognises: Callable[[Weights], bool]
     read: Callable[[Weights, Mapping[str, Any]], Found]
-    guidance: str = "scale"
+    guidance: GuidanceForm = "scale"
     guided_channels: int | None = None
     license: str = "unknown"
