@@ -62,9 +62,8 @@ class Attention(nn.Module):
 
     def forward(self, h_BND: Tensor) -> Tensor:
         q, k, v = self.qkv(h_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # Autocast leaves the norms' weights, and so what they scale, in full precision.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

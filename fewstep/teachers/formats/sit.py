@@ -45,7 +45,7 @@ def _repa(weights: Weights) -> bool:
     if _of_repa(weights):
         return True
     patches, last = weights.get("x_embedder.proj.weight"), weights.get("final_layer.linear.weight")
-    return patches is not None and last is not None and len(last) == patches[0].numel()
+    return patches is not None and last is not None and last.shape[:1] == (patches.shape[1:].numel(),)
 
 
 def _read(title: str, convention: ConventionConfig, weights: Weights, said: Mapping[str, Any]) -> Found:

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from family import meanflow
 from filled import fill, numbers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.conventions import ConventionConfig
+from fewstep.data.dataset import BatchSource
+from fewstep.data.load import digits
+from fewstep.distill.compiled import compile_objective
 from fewstep.errors import UsageError
 from fewstep.networks.condition import Inputs
 from fewstep.networks.foreign.config import DiTConfig
@@ -96,6 +100,11 @@ def test_a_fresh_network_says_zero_and_learns() -> None:
     x, tau, label = (part.float() if part.is_floating_point() else part for part in batch())
     assert not net(x, tau, label).any()
     torch.testing.assert_close(net.pos_embed[0], places(3, 24).float())
+    for name, weight in net.named_parameters():
+        silent = weight.ndim == 1 or "adaLN" in name or name.startswith("final_layer")
+        assert weight.any() != silent, name
+    # Glorot's: 4 channels of 2 x 2 pixels to 24.
+    assert net.x_embedder.proj.weight.detach().abs().max().item() == pytest.approx((6 / (16 + 24)) ** 0.5, rel=0.02)
     optimiser = torch.optim.Adam([weight for weight in net.parameters() if weight.requires_grad], 1e-2)
     losses = []
     for _ in range(20):
@@ -170,6 +179,20 @@ def test_in_bfloat16(how: str) -> None:
         assert time.dtype == torch.float32
         assert (time[0] != time[1]).any()
     assert 1e-4 < (found - wanted).norm() / wanted.norm() < 3e-2
+
+
+@pytest.mark.thorough
+def test_compiled_it_is_the_same() -> None:
+    """Two graphs, the student's and its derivative's, and no break in either."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    raw = DiT((1, 8, 8), DiTConfig(patch=4, width=8, depth=1, heads=2, qk_norm=True), 10)
+    fill(raw)
+    net = ForeignNetwork(raw, ConventionConfig(noise_at=0, velocity_to="data"), Inputs(10, two_times=True))
+    one = BatchSource(digits(), 4, 0, device=torch.device("cpu")).batch(0)
+    compile_objective(meanflow(net), one, backend="aot_eager")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize(
