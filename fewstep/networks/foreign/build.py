@@ -4,14 +4,18 @@ from typing import Any
 
 from torch import nn
 
+from fewstep.networks.foreign.adm import ADM
 from fewstep.networks.foreign.config import ForeignBlock
 from fewstep.networks.foreign.diffusers import DiffusersNetwork
 from fewstep.networks.foreign.dit import DiT
 from fewstep.networks.foreign.minrf import MinRF
+from fewstep.networks.foreign.ncsnpp import NCSNPP
 
 RAW: dict[str, Any] = {
     "dit": DiT,
     "minrf": MinRF,
+    "adm": ADM,
+    "ncsnpp": NCSNPP,
     "diffusers": DiffusersNetwork,
 }
 

@@ -1,6 +1,6 @@
 """Config of networks from elsewhere: what their weights do not say, and how to read them. Imports no torch."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,97 @@ class MinRFConfig(ForeignBlock):
         return self
 
 
+Level = Annotated[int, Field(ge=0)]
+"""A resolution of a U-Net: 0 is that of the images, and each further one half of the one before."""
+
+
+class ADMConfig(ForeignBlock):
+    """The U-Net of guided-diffusion (Dhariwal and Nichol 2105.05233), which torchcfm and flow_matching use, under the
+    names of its options.
+
+    ``channel_mult`` times ``model_channels`` are the channels of each level, ``attention_levels`` those with attention
+    (the middle always has it). ``num_head_channels`` -1 stands for ``num_heads`` heads whatever the channels, and
+    ``num_heads_upsample`` -1 for as many on the way up. ``null_row``: the table of classes has a row for "no class".
+    ``learn_sigma``: the output has as many channels again, which are left out.
+    """
+
+    kind: Literal["adm"] = "adm"
+    model_channels: int = Field(128, ge=2, multiple_of=2)
+    channel_mult: tuple[Annotated[float, Field(gt=0)], ...] = Field((1, 2, 2, 2), min_length=1)
+    num_res_blocks: int = Field(2, ge=1)
+    attention_levels: tuple[Level, ...] = (1,)
+    num_heads: int = Field(1, ge=1)
+    num_head_channels: int = Field(-1, ge=-1)
+    num_heads_upsample: int = Field(-1, ge=-1)
+    use_new_attention_order: bool = False
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    conv_resample: bool = True
+    null_row: bool = False
+    learn_sigma: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(round(mult * self.model_channels) for mult in self.channel_mult)
+
+    def heads(self, level: int, *, up: bool = False) -> int:
+        """How many heads attend at a level, on the way down or up."""
+        if self.num_head_channels > 0:
+            return self.widths[level] // self.num_head_channels
+        return self.num_heads_upsample if up and self.num_heads_upsample > 0 else self.num_heads
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ADMConfig":
+        if 0 in (self.num_head_channels, self.num_heads_upsample):
+            raise ValueError("num_head_channels and num_heads_upsample are -1 or at least 1")
+        deepest = len(self.channel_mult) - 1
+        if any(level > deepest for level in self.attention_levels):
+            raise ValueError(f"attention_levels {list(self.attention_levels)}: the last level is {deepest}")
+        if any(width % 32 for width in self.widths):
+            raise ValueError(f"model_channels times channel_mult have to be multiples of 32, not {list(self.widths)}")
+        for level in {*self.attention_levels, deepest}:
+            if self.num_head_channels > 0 and self.widths[level] % self.num_head_channels:
+                raise ValueError(f"{self.widths[level]} channels are no multiple of {self.num_head_channels} a head")
+            for up in (False, True):
+                if self.widths[level] % self.heads(level, up=up):
+                    raise ValueError(f"{self.widths[level]} channels do not divide into {self.heads(level, up=up)}")
+        return self
+
+
+class NCSNPPConfig(ForeignBlock):
+    """The U-Net of score_sde (NCSN++ and DDPM++, Song et al. 2011.13456) as RectifiedFlow's configs use it, under the
+    names of its options: residual blocks of BigGAN, which also change the resolution, and one head of attention.
+
+    ``ch_mult`` times ``nf`` are the channels of each level, ``attention_levels`` those with attention (the middle
+    always has it). ``fir``: resolutions change through the filter 1 3 3 1, not by repeating and averaging pixels.
+    ``skip_rescale``: sums of branches are divided by the root of two. ``scale_by_sigma``: the output is divided by the
+    network's time. ``centered``: images are in [-1, 1]; those in [0, 1] the network stretches to that itself.
+    """
+
+    kind: Literal["ncsnpp"] = "ncsnpp"
+    nf: int = Field(128, ge=8, multiple_of=4)
+    ch_mult: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 2, 2), min_length=1)
+    num_res_blocks: int = Field(4, ge=1)
+    attention_levels: tuple[Level, ...] = (1,)
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    progressive: Literal["none", "output_skip"] = "none"
+    progressive_input: Literal["none", "input_skip"] = "none"
+    fir: bool = False
+    skip_rescale: bool = True
+    scale_by_sigma: bool = False
+    centered: bool = True
+    num_scales: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "NCSNPPConfig":
+        if any(level >= len(self.ch_mult) for level in self.attention_levels):
+            raise ValueError(f"attention_levels {list(self.attention_levels)}: the last is {len(self.ch_mult) - 1}")
+        if self.scale_by_sigma and self.embedding_type == "positional":
+            raise ValueError("scale_by_sigma belongs to embedding_type fourier: a place in a table has no size")
+        return self
+
+
 DiffusersFamily = Literal[
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
@@ -96,5 +187,5 @@ class DiffusersConfig(ForeignBlock):
     lora: LoRAConfig | None = None
 
 
-ForeignConfig = DiTConfig | MinRFConfig | DiffusersConfig
+ForeignConfig = DiTConfig | MinRFConfig | ADMConfig | NCSNPPConfig | DiffusersConfig
 """Every network from elsewhere, by its ``kind``."""
