@@ -1,5 +1,6 @@
 """Folders as diffusers saves them: a pipeline, or one network of it. What is in them is read, never run."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class DiffusersFound:
                 f"{self.files[0].parent} is damaged: its index and its files differ in {len(odd)} weights, "
                 f"such as {odd[0]}"
             )
-        return {f"net.{name}": value for name, value in found.items()}
+        return {f"net.{_present(name)}": value for name, value in found.items()}
 
 
 def read_folder(path: Path, said: Mapping[str, Any] | None = None) -> DiffusersFound:
@@ -81,7 +82,7 @@ def read_folder(path: Path, said: Mapping[str, Any] | None = None) -> DiffusersF
     root, folder = _places(path)
     config = read_json(folder / "config.json")
     family = _family(config, folder)
-    scheduler_file = None if root is None else root / "scheduler" / "scheduler_config.json"
+    scheduler_file = None if root is None else _part(root, "scheduler") / "scheduler_config.json"
     scheduler = None
     if "convention" not in said:
         if scheduler_file is None or not scheduler_file.is_file():
@@ -107,8 +108,10 @@ def read_folder(path: Path, said: Mapping[str, Any] | None = None) -> DiffusersF
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"teacher.{where}: {first['msg']}") from error
-    except (LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+    except KeyError as error:
+        raise UsageError(f"{folder / 'config.json'} has no {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{folder} is damaged: {error}") from error
     files, expected = _files(folder)
     return DiffusersFound(
         network=network,
@@ -123,23 +126,34 @@ def read_folder(path: Path, said: Mapping[str, Any] | None = None) -> DiffusersF
     )
 
 
+def _present(name: str) -> str:
+    """The name of a weight, for those of attention in U-Nets of before diffusers 0.15 the one that it has now."""
+    return _EARLY.sub(lambda found: f"{found[1]}{_SINCE[found[2]]}{found[3]}", name)
+
+
+_SINCE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_EARLY = re.compile(r"^(.*\.attentions\.[0-9]+\.)(query|key|value|proj_attn)(\.(?:weight|bias))$")
+
+
 def _places(path: Path) -> tuple[Path | None, Path]:
-    """The folder of the pipeline, if there is one, and that of its network."""
+    """The folder of the pipeline, if there is one, and that of its network. Early pipelines have no folders inside."""
     if (path / INDEX).is_file():
-        networks = {}
-        for part, value in read_json(path / INDEX).items():
-            if isinstance(value, list) and len(value) == 2 and part in ("transformer", "unet"):
-                networks[part] = str(value[1])
-        if not networks:
+        listed = read_json(path / INDEX)
+        part = next((part for part in ("transformer", "unet") if isinstance(listed.get(part), list)), None)
+        if part is None:
             raise UsageError(f"{path / INDEX} lists neither a transformer nor a unet")
-        part = next(iter(networks))
-        if not (path / part / "config.json").is_file():
-            raise UsageError(f"{path} is not whole: {INDEX} lists {part}, and {path / part} has no config.json")
-        return path, path / part
+        folder = _part(path, part)
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{path} is not whole: {INDEX} lists {part}, and {folder} has no config.json")
+        return path, folder
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} is no folder of diffusers: it has neither {INDEX} nor config.json")
     parent = path.absolute().parent
     return (parent if (parent / INDEX).is_file() else None), path
+
+
+def _part(root: Path, name: str) -> Path:
+    return root / name if (root / name).is_dir() or not (root / "config.json").is_file() else root
 
 
 def _family(config: Mapping[str, Any], folder: Path) -> DiffusersFamily:
