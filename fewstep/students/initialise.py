@@ -31,8 +31,8 @@ def copy_teacher(student: nn.Module, teacher: nn.Module) -> None:
 
     Afterwards ``student(x, t, r)`` equals ``teacher(x, t)`` to the bit if the teacher has one time: for every ``r``, or
     at ``r = t`` for a student that splits its blocks between the two; and for every guidance, if that is an input of
-    the student alone. Adapters of the student stay as they are: they begin at zero. Raises ``ValueError`` if anything but the embeddings of the second time and of guidance is
-    missing, left over or of another shape.
+    the student alone. Adapters of the student stay as they are, which is without effect. Raises ``ValueError`` if
+    anything but these and the embeddings of the second time and of guidance is missing, left over or of another shape.
     """
     target = student.state_dict()
     source = with_adapters(teacher.state_dict(), student)

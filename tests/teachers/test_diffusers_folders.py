@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.teachers.formats.guidance import canonical_guidance
 from safetensors.torch import load_file, save_file
 from tiny_diffusers import CONFIGS, FLOW, batch, network, pipeline, shape_of
 from torch import Tensor
@@ -18,7 +19,6 @@ from fewstep.networks.foreign.converted import ForeignNetwork
 from fewstep.networks.foreign.diffusers import DiffusersNetwork
 from fewstep.teachers.analytic import GaussianTeacher
 from fewstep.teachers.formats.diffusers import PARTS, WEIGHTS, DiffusersFound, read_folder
-from fewstep.teachers.formats.guidance import canonical_guidance
 from fewstep.teachers.formats.schedulers import DIFFUSION, FLOW_MATCHING, read_scheduler
 
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
