@@ -15,6 +15,7 @@ from fewstep.config import RunConfig, config_yaml, load_config, read_config, rec
 from fewstep.data.config import DataConfig, DigitsConfig
 from fewstep.data.dataset import Dataset
 from fewstep.data.detect import data_config, detect
+from fewstep.data.embedding_files import load_embeddings
 from fewstep.data.encoded import Reported, unreported
 from fewstep.data.inspect import Inspection, inspect
 from fewstep.data.load import load_data
@@ -83,17 +84,24 @@ def sample_run(
     The model says what its samples are like: the data it was trained on need not be there.
     """
     device = default_device()
-    read_config(run)  # what is no run says so
+    config = read_config(run)  # what is no run says so
     model = load_model(run, device)
     if solver is not None:
         model = _with_solver(model, solver)
     if guidance is not None:
         model = with_guidance(model, guidance)
     _check_steps(model, (steps,))
-    said = model.card["data"]
-    data = Dataset(said["name"], torch.empty(0, *said["shape"]), None, said["num_classes"], said["kind"])
+    data = _like_its_data(model.card, config)
     drawn = draw(model.sampler, steps, data, n=n, batch_size=batch_size, seed=seed, device=device)
     return SampledRun(model, data, drawn.x, drawn.label, drawn.nfe)
+
+
+def _like_its_data(card: Mapping[str, Any], config: RunConfig) -> Dataset:
+    """A data set without samples, as the one that a model was trained on. Of that only the embeddings have to be there,
+    where they are its condition."""
+    said, told = card["data"], getattr(config.data, "embeddings", None)
+    data = Dataset(said["name"], torch.empty(0, *said["shape"]), None, said["num_classes"], said["kind"])
+    return data if told is None else replace(data, embeddings=load_embeddings(expanded(told)))
 
 
 # Averages ------------------------------------------------------------------------------------------------------------
@@ -414,8 +422,7 @@ def solve_pairs(
     ``meta.json``. ``report`` hears of this process's share."""
     accelerator = make_accelerator()
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    said = read_model(run).card["data"]
-    data = Dataset(said["name"], torch.empty(0, *said["shape"]), None, said["num_classes"], said["kind"])
+    data = _like_its_data(read_model(run).card, read_config(run))
     teacher = load_teacher(RunTeacher(path=str(run)), DigitsConfig(), data, accelerator.device)
     field = guided_by(teacher, guidance, window)
     request = request_of(
@@ -438,6 +445,7 @@ def solve_pairs(
         resume=resume,
         overwrite=overwrite,
         share=share,
+        embeddings=data.embeddings,
     )
     for done in made:
         report(done, own)

@@ -127,10 +127,12 @@ class CheckpointTeacher(ForeignTeacher):
 
 class DiffusersTeacher(ForeignTeacher):
     """A folder that diffusers saved: a pipeline, or its transformer or U-Net alone. How it counts time is read from its
-    scheduler's config. ``embedded_guidance`` is what a network that was distilled with guidance as an input is told."""
+    scheduler's config. ``embedded_guidance`` is what a network that was distilled with guidance as an input is told.
+    ``null_class``: the last class of a ``UNet2DModel`` stands for none."""
 
     kind: Literal["diffusers"] = "diffusers"
     embedded_guidance: float | None = Field(None, ge=0)
+    null_class: bool = False
 
 
 TeacherConfig = Annotated[

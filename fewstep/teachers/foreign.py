@@ -157,7 +157,7 @@ def load_diffusers(config: DiffusersTeacher, data: Dataset) -> Loaded:
 
 def read_diffusers(config: DiffusersTeacher) -> DiffusersFound:
     """What the folder of a config holds, under what the config declares."""
-    said = config.model_dump(include={"convention", "embedded_guidance"}, exclude_none=True)
+    said = config.model_dump(include={"convention", "embedded_guidance", "null_class"}, exclude_none=True)
     return read_folder(Path(config.path), said)
 
 

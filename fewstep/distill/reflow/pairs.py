@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.checkpoint import Tensors, write_tensors
 from fewstep.data.dataset import Dataset
+from fewstep.data.embeddings import EmbeddingRows
 from fewstep.data.pairs import (
     REQUEST,
     Pairs,
@@ -98,8 +99,11 @@ def guided_by(teacher: Teacher, guidance: float, window: tuple[float, float]) ->
 
 
 @torch.no_grad()
-def solved(field: VelocityField, request: PairsRequest, index_B: Tensor) -> Tensors:
-    """Rows ``index [B]`` as they are stored: ``noise``, ``x`` and, where there are classes, ``labels``.
+def solved(
+    field: VelocityField, request: PairsRequest, index_B: Tensor, embeddings: EmbeddingRows | None = None
+) -> Tensors:
+    """Rows ``index [B]`` as they are stored: ``noise``, ``x`` and, where there are classes, ``labels``. ``embeddings``
+    are the condition of each row instead, and are not stored again.
 
     Every row by itself: further rows fill the last tile and are dropped. ``FewstepError`` if a row is not finite.
     """
@@ -107,7 +111,8 @@ def solved(field: VelocityField, request: PairsRequest, index_B: Tensor) -> Tens
     rows = torch.cat((index_B, extra))
     e, label = request.noise(rows), request.label(rows)
     with torch.autocast(e.device.type, enabled=False):
-        x = sample_ode(field, e, uniform_grid(request.steps), label, request.solver).x
+        condition = label if embeddings is None else embeddings.take(rows)
+        x = sample_ode(field, e, uniform_grid(request.steps), condition, request.solver).x
     kept = slice(0, len(index_B))
     wrong = index_B[~x[kept].flatten(1).isfinite().all(dim=1)]
     if len(wrong):
@@ -126,6 +131,7 @@ def make_pairs(
     resume: bool = False,
     overwrite: bool = False,
     share: Share | None = None,
+    embeddings: EmbeddingRows | None = None,
 ) -> Iterator[int]:
     """Make pairs in a folder, yielding how many of this process's are done.
 
@@ -147,7 +153,8 @@ def make_pairs(
             continue
         parts = []
         for index in row_pieces(shard.first, shard.count, batch_size):
-            parts.append({name: value.cpu() for name, value in solved(field, request, index.to(device)).items()})
+            part = solved(field, request, index.to(device), embeddings)
+            parts.append({name: value.cpu() for name, value in part.items()})
             done += len(index)
             yield done
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -183,14 +190,17 @@ def load_pairs(folder: Path, teacher: Teacher, data: Dataset) -> Dataset:
     if request.source != teacher.noise.source:
         raise UsageError(f"the pairs in {folder} start from {request.source} noise, the teacher from other")
     check_noise(pairs)
-    check_solutions(pairs, guided_by(teacher, request.guidance, request.window), teacher.device)
-    return pairs.data
+    field = guided_by(teacher, request.guidance, request.window)
+    check_solutions(pairs, field, teacher.device, data.embeddings)
+    return replace(pairs.data, embeddings=data.embeddings)
 
 
-def check_solutions(pairs: Pairs, field: VelocityField, device: torch.device) -> None:
+def check_solutions(
+    pairs: Pairs, field: VelocityField, device: torch.device, embeddings: EmbeddingRows | None = None
+) -> None:
     """Solve a few pairs again: a ``UsageError`` if the stored solutions are others."""
     rows = spread(pairs.request.count, SOLVED_AGAIN)
-    found = torch.cat([solved(field, pairs.request, row[None].to(device))["x"].cpu() for row in rows])
+    found = torch.cat([solved(field, pairs.request, row[None].to(device), embeddings)["x"].cpu() for row in rows])
     assert pairs.data.noise is not None
     stored, way = pairs.data.x[rows], found - pairs.data.noise[rows]
     off = (stored - found).flatten(1).norm(dim=1) / way.flatten(1).norm(dim=1).clamp_min(1e-12)
@@ -208,13 +218,15 @@ def check_solutions(pairs: Pairs, field: VelocityField, device: torch.device) ->
 @dataclass(frozen=True)
 class StagePairs:
     """What a stage of a run trains on: ``given`` pairs, or those of ``request``, which the run makes in ``folder``
-    under its own. ``field`` is whose; None means the student of the stage before."""
+    under its own. ``field`` is whose; None means the student of the stage before. ``embeddings`` are the condition of
+    each pair, where it is no class."""
 
     folder: str
     given: Dataset | None
     request: PairsRequest
     batch_size: int
     field: VelocityField | None
+    embeddings: EmbeddingRows | None = None
 
     def make(self, run: Path, previous: nn.Module | None, device: torch.device, share: Share) -> Iterator[int]:
         """Make them, or what is missing of them, yielding how many of this process's are done."""
@@ -226,7 +238,14 @@ class StagePairs:
         share.wait()  # all have looked
         if not is_finished(folder):
             yield from make_pairs(
-                folder, request, field, batch_size=self.batch_size, device=device, resume=begun, share=share
+                folder,
+                request,
+                field,
+                batch_size=self.batch_size,
+                device=device,
+                resume=begun,
+                share=share,
+                embeddings=self.embeddings,
             )
 
     def load(self, run: Path, previous: nn.Module | None, device: torch.device) -> Dataset:
@@ -237,8 +256,8 @@ class StagePairs:
         pairs = read_pairs(run / "pairs" / self.folder)
         if pairs.request != request:
             raise UsageError(f"the pairs in {pairs.folder} are not those of this run: start again with --overwrite")
-        check_solutions(pairs, field, device)
-        return pairs.data
+        check_solutions(pairs, field, device, self.embeddings)
+        return replace(pairs.data, embeddings=self.embeddings)
 
     def _made_with(self, previous: nn.Module | None) -> tuple[VelocityField, PairsRequest]:
         if self.field is not None:

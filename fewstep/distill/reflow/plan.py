@@ -39,7 +39,8 @@ def reflow_stages(config: RunConfig, teacher: Teacher | None, data: Dataset) -> 
             guidance=teacher.guidance if first else 1.0,
         )
         made = given if first else None
-        return StagePairs(f"round-{number + 1}", made, request, settings.batch_size, teacher.field if first else None)
+        field = teacher.field if first else None
+        return StagePairs(f"round-{number + 1}", made, request, settings.batch_size, field, data.embeddings)
 
     def straighten(student: nn.Module, previous: nn.Module | None) -> Objective:
         return Reflow(
