@@ -62,7 +62,8 @@ class Persistent:
 def persistent(module: nn.Module, arguments: Mapping[str, Any], source: str, class_name: str | None = None) -> Any:
     """A module with everything in it, as their decorated classes are; containers of torch's are pickled as they are."""
     children = {name: persistent(child, {}, source) for name, child in module.named_children()}
-    state = {name: value for name, value in vars(module).items() if not callable(value)}
+    ours = ("fewstep.", "torch.nn.modules")  # their classes have other parts, and no configs
+    state = {name: value for name, value in vars(module).items() if not type(value).__module__.startswith(ours)}
     if type(module).__module__.startswith("torch.nn.modules.container"):
         twin = type(module)()
         vars(twin)["_modules"] = children

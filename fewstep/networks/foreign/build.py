@@ -8,6 +8,8 @@ from fewstep.networks.foreign.adm import ADM
 from fewstep.networks.foreign.config import ForeignBlock
 from fewstep.networks.foreign.diffusers import DiffusersNetwork
 from fewstep.networks.foreign.dit import DiT
+from fewstep.networks.foreign.edm import EDM
+from fewstep.networks.foreign.edm2 import EDM2
 from fewstep.networks.foreign.minrf import MinRF
 from fewstep.networks.foreign.ncsnpp import NCSNPP
 
@@ -16,6 +18,8 @@ RAW: dict[str, Any] = {
     "minrf": MinRF,
     "adm": ADM,
     "ncsnpp": NCSNPP,
+    "edm": EDM,
+    "edm2": EDM2,
     "diffusers": DiffusersNetwork,
 }
 

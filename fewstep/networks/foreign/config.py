@@ -148,6 +148,61 @@ class NCSNPPConfig(ForeignBlock):
         return self
 
 
+Side = Annotated[int, Field(ge=1)]
+
+
+class EDMConfig(ForeignBlock):
+    """A U-Net of EDM (Karras et al. 2206.00364) inside its preconditioner: its time is ``sigma``.
+
+    ``arch`` is DDPM++ or NCSN++ (Song et al. 2011.13456), there ``SongUNet``, or ADM (Dhariwal and Nichol 2105.05233),
+    ``DhariwalUNet``. ``precond`` scales what goes in and comes out: EDM's own, for data whose standard deviation is
+    ``sigma_data``, or those of the variance-preserving and the variance-exploding diffusion. Levels are ``channels``
+    times one of ``multipliers`` wide and have ``blocks`` blocks; those whose side is in ``attention`` have it. The
+    embedding of time is ``embedding`` times ``channels`` wide. ``augment_dim`` is how many numbers told of augmented
+    data in training: zeros since.
+    """
+
+    kind: Literal["edm"] = "edm"
+    arch: Literal["ddpmpp", "ncsnpp", "adm"]
+    precond: Literal["edm", "vp", "ve"] = "edm"
+    channels: int = Field(ge=8)
+    multipliers: tuple[Side, ...] = Field(min_length=1)
+    blocks: int = Field(ge=1)
+    attention: tuple[Side, ...] = (16,)
+    embedding: int = Field(4, ge=1)
+    augment_dim: int = Field(0, ge=0)
+    sigma_data: float = Field(0.5, gt=0)
+
+
+class EDM2Config(ForeignBlock):
+    """The magnitude-preserving U-Net of EDM2 (Karras et al. 2312.02696) inside its preconditioner: its time is
+    ``sigma``.
+
+    Levels are ``channels`` times one of ``multipliers`` wide and have ``blocks`` blocks; those whose side is in
+    ``attention`` have it, in heads of ``head_channels``. ``noise_channels`` and ``embedding_channels`` are the widths
+    of the features and of the embedding of time; None is that of the first and of the widest level. The balances share
+    a sum or a concatenation between its first part (0) and its second (1): of time and class, of skips, of residuals
+    and of attention. ``clip`` bounds activations. ``logvar_channels`` belong to a head that served training alone.
+    """
+
+    kind: Literal["edm2"] = "edm2"
+    channels: int = Field(ge=1)
+    multipliers: tuple[Side, ...] = Field((1, 2, 3, 4), min_length=1)
+    blocks: int = Field(3, ge=1)
+    attention: tuple[Side, ...] = (16, 8)
+    head_channels: int = Field(64, ge=1)
+    noise_channels: int | None = Field(None, ge=1)
+    embedding_channels: int | None = Field(None, ge=1)
+    logvar_channels: int = Field(128, ge=1)
+    label_balance: float = Field(0.5, ge=0, le=1)
+    concat_balance: float = Field(0.5, gt=0, lt=1)
+    res_balance: float = Field(0.3, ge=0, le=1)
+    attn_balance: float = Field(0.3, ge=0, le=1)
+    clip: float | None = Field(256.0, gt=0)
+    resample_filter: tuple[float, ...] = Field((1.0, 1.0), min_length=2)
+    sigma_data: float = Field(0.5, gt=0)
+
+
 DiffusersFamily = Literal[
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
@@ -187,5 +242,5 @@ class DiffusersConfig(ForeignBlock):
     lora: LoRAConfig | None = None
 
 
-ForeignConfig = DiTConfig | MinRFConfig | ADMConfig | NCSNPPConfig | DiffusersConfig
+ForeignConfig = DiTConfig | MinRFConfig | ADMConfig | NCSNPPConfig | EDMConfig | EDM2Config | DiffusersConfig
 """Every network from elsewhere, by its ``kind``."""
