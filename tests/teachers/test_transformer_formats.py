@@ -158,7 +158,10 @@ def test_the_last_blocks_of_early_repa() -> None:
         number = int(name.split(".")[1]) if name.startswith("blocks.") else 0
         return name.replace(f"blocks.{number}.", f"decoder_blocks.{number - 8}.") if number >= 8 else name
 
-    found = REPA.read({early(name): weight for name, weight in later.items()}, {})
+    renamed = {early(name): weight for name, weight in later.items()}
+    found = REPA.read(renamed, {})
+    with pytest.raises(ValueError, match=r"has no decoder_blocks\.3: it is not a whole REPA checkpoint$"):
+        REPA.read({name: weight for name, weight in renamed.items() if not name.startswith("decoder_blocks.3.")}, {})
     assert sum(early(name) != name for name in later) == 20 * 10
     assert list(found.weights) == list(REPA.read(later, {}).weights)
     assert found.network.depth == 28  # type: ignore[attr-defined]
