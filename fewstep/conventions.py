@@ -15,13 +15,22 @@ class BetaSchedule(Block):
     """The variances of a diffusion of ``steps`` steps (Ho et al. 2006.11239): ``beta_k`` from ``start`` to ``end``,
     evenly (``linear``), evenly in their square roots (``scaled_linear``), or those of a squared cosine
     (Nichol and Dhariwal 2102.09672). ``zero_terminal`` rescales them so that the last state is all noise (Lin et al.
-    2305.08891)."""
+    2305.08891). ``continuous`` is that of a diffusion without steps, ``beta(t)`` evenly from ``start`` to ``end``, 0.1
+    and 20 unless said otherwise (Song et al. 2011.13456, equation 33; the path VP of SiT)."""
 
-    kind: Literal["linear", "scaled_linear", "squared_cosine"] = "linear"
-    start: float = Field(1e-4, gt=0, lt=1)
-    end: float = Field(0.02, gt=0, lt=1)
+    kind: Literal["linear", "scaled_linear", "squared_cosine", "continuous"] = "linear"
+    start: float = Field(default_factory=lambda said: 0.1 if said["kind"] == "continuous" else 1e-4, gt=0)
+    end: float = Field(default_factory=lambda said: 20.0 if said["kind"] == "continuous" else 0.02, gt=0)
     steps: int = Field(1000, ge=2)
     zero_terminal: bool = False
+
+    @model_validator(mode="after")
+    def _variances(self) -> "BetaSchedule":
+        if self.kind != "continuous" and max(self.start, self.end) >= 1:
+            raise ValueError(f"betas of a {self.kind} schedule lie below 1, got {self.start:g} and {self.end:g}")
+        if self.kind == "continuous" and self.zero_terminal:
+            raise ValueError("zero_terminal is for schedules of steps")
+        return self
 
 
 class ConventionConfig(Block):
@@ -51,7 +60,8 @@ class ConventionConfig(Block):
             raise ValueError("betas belong to path betas, and it to them")
         if self.path == "variance_exploding" and (self.latest == 1 or self.noise_at == 0):
             raise ValueError("variance_exploding has noise at large sigma: noise_at 1, and latest below 1")
-        if self.path in ("variance_exploding", "betas") and self.prediction == "velocity":
+        steps = self.betas is not None and self.betas.kind != "continuous"
+        if (steps or self.path == "variance_exploding") and self.prediction == "velocity":
             raise ValueError(f"path {self.path} has no velocity of its own: prediction is noise, data or v_prediction")
         if self.prediction == "noise" and self.latest == 1:
             raise ValueError("noise alone says nothing of the data at t = 1: set latest below 1, for example 0.999")

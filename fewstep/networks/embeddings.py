@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.foreign.transformer import TimeEmbedder
+
 
 def sinusoidal(t_B: Tensor, dim: int, max_frequency: float) -> Tensor:
     """``[cos(w_k t), sin(w_k t)]`` for ``dim / 2`` angular frequencies spaced geometrically from 1 to
@@ -68,6 +70,6 @@ def to_bfloat16(net: nn.Module) -> nn.Module:
     module."""
     net.to(torch.bfloat16)
     for module in net.modules():
-        if isinstance(module, TimeEmbedding | GuidanceEmbedding):
+        if isinstance(module, TimeEmbedding | GuidanceEmbedding | TimeEmbedder):
             module.float()
     return net

@@ -93,7 +93,7 @@ def load_checkpoint(config: CheckpointTeacher, data: Dataset) -> Loaded:
         net=checkpoint.network(data.shape),
         network=found.network,
         digest=checkpoint.source.digest,
-        guided_channels=None if guided == "all" or guided == data.shape[0] else guided,
+        guided_channels=None if guided == "all" or guided is None or guided >= data.shape[0] else guided,
     )
 
 

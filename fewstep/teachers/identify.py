@@ -43,14 +43,15 @@ class Checkpoint:
     source: Source
 
     @property
-    def shape(self) -> tuple[int | None, ...]:
-        return (self.found.channels, self.found.side, self.found.side)
+    def inputs(self) -> Inputs:
+        """What it takes beside a state: one time, and classes if it has any."""
+        return Inputs(self.found.num_classes, two_times=False)
 
     def network(self, shape: tuple[int, ...]) -> ForeignNetwork:
         """The network with its weights, for samples of ``shape``, in float32."""
         raw = raw_network(self.found.network, shape, self.found.num_classes)
         raw.load_state_dict(in_float32(self.found.weights))
-        return ForeignNetwork(raw, self.found.network.convention, Inputs(self.found.num_classes, two_times=False))
+        return ForeignNetwork(raw, self.found.network.convention, self.inputs)
 
 
 def identified(format: Format, chosen: Chosen, said: Mapping[str, Any], where: str) -> Checkpoint:

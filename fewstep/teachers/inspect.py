@@ -169,10 +169,13 @@ def _folder(path: Path) -> TeacherInspection:
 def _diffusers(path: Path) -> TeacherInspection:
     found = read_folder(path)
     network, convention = _described(found.network)
-    weights = found.weights()
-    raw = raw_network(found.network, (found.channels, *(found.sides or (64, 64))), found.num_classes)
-    check_names(weights, raw.state_dict(), found.network.family, str(path))
-    notes = []
+    weights, notes = found.weights(), []
+    config = found.network
+    if config.config.get("guidance_embeds"):
+        notes.append("it is told its guidance: set teacher.embedded_guidance (FLUX.1-dev is used with 3.5)")
+        config = config.model_copy(update={"embedded_guidance": 1.0})
+    raw = raw_network(config, (found.channels, *(found.sides or (64, 64))), found.num_classes)
+    check_names(weights, raw.state_dict(), config.family, str(path))
     if found.scheduler is not None:
         moved = "with the size of the image" if found.scheduler.dynamic else f"by {found.scheduler.shift:g}"
         moves = found.scheduler.dynamic or found.scheduler.shift != 1

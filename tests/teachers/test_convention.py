@@ -13,6 +13,7 @@ from fewstep.keys import Key
 from fewstep.sampling import sample_ode
 from fewstep.teachers.analytic import GaussianTeacher
 from fewstep.teachers.convention import ConvertedField, Model, variants
+from fewstep.teachers.formats.table import FORMATS
 
 MEAN, STD = 0.4, 0.6
 EXACT = GaussianTeacher(MEAN, STD)
@@ -38,7 +39,17 @@ DIFFUSIONS = [
         ("noise", "data", "v_prediction"),
     )
 ]
-CONVENTIONS += [EDM, EDM.model_copy(update={"prediction": "score"}), *DIFFUSIONS]
+CONTINUOUS = [
+    ConventionConfig(path="betas", betas=BetaSchedule(kind="continuous"), **said)
+    for said in (
+        {"velocity_to": "data", "noise_at": 0},  # SiT's VP
+        {"prediction": "noise", "time_scale": 999, "latest": 0.999},  # score_sde's
+        {"prediction": "score", "latest": 0.999},
+        {"prediction": "v_prediction"},
+    )
+]
+CONVENTIONS += [*CONTINUOUS, EDM, EDM.model_copy(update={"prediction": "score"}), *DIFFUSIONS]
+CONVENTIONS += [each.convention for each in FORMATS.values() if each.convention not in CONVENTIONS]
 
 
 def named(said: ConventionConfig) -> str:
@@ -47,15 +58,15 @@ def named(said: ConventionConfig) -> str:
     return "-".join(map(str, told))
 
 
-def disguised(said: ConventionConfig) -> Model:
-    """What a perfect model of that convention says of data ~ N(MEAN, STD^2), from the posterior means alone."""
+def disguised(said: ConventionConfig, mean: float = MEAN, std: float = STD) -> Model:
+    """What a perfect model of that convention says of data ~ N(mean, std^2), from the posterior means alone."""
 
     def model(z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
         path, tau = path_of(said), clock / said.time_scale
-        tau = (tau if said.noise_at == 1 else 1 - tau)[:, None]
+        tau = (tau if said.noise_at == 1 else 1 - tau).reshape(-1, *(1,) * (z.ndim - 1))
         alpha, sigma = path.alpha(tau), path.sigma(tau)
-        off = (z - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        data, noise = MEAN + alpha * STD**2 * off, sigma * off
+        off = (z - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        data, noise = mean + alpha * std**2 * off, sigma * off
         if said.prediction in ("noise", "data"):
             return data if said.prediction == "data" else noise
         if said.prediction == "score":
@@ -123,6 +134,9 @@ def test_every_other_reading_has_a_larger_loss(said: ConventionConfig) -> None:
         ({"path": "variance_exploding", "prediction": "data", "earliest": 0.1}, "latest below 1"),
         ({"path": "variance_exploding", "latest": 0.9}, "no velocity of its own"),
         ({"prediction": "score"}, "set latest below 1"),
+        ({"path": "betas", "betas": {"end": 20}, "prediction": "data", "earliest": 0.1}, "lie below 1"),
+        ({"path": "betas", "betas": {"kind": "continuous", "zero_terminal": True}}, "for schedules of steps"),
+        ({"path": "betas", "betas": {}}, "no velocity of its own"),
     ],
 )
 def test_conventions_that_say_too_little(fields: dict[str, object], says: str) -> None:
@@ -178,3 +192,19 @@ def test_noise_enters_a_path_without_end_at_its_latest_time() -> None:
     torch.testing.assert_close(seen["sigma"], torch.full((4,), 80.0, dtype=torch.float64))
     torch.testing.assert_close(seen["z"], 80 * e)
     torch.testing.assert_close(v, e - 0.25)
+
+
+def test_a_continuous_diffusion_by_hand() -> None:
+    """Against the integral of its betas, and its derivatives against differences."""
+    path = path_of(CONTINUOUS[0])
+    t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    fine = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    beta = 0.1 + 19.9 * fine
+    integral = torch.cat((torch.zeros(1, dtype=torch.float64), ((beta[1:] + beta[:-1]) / 2 / 200_000).cumsum(0)))
+    at = (t * 200_000).round().long()
+    torch.testing.assert_close(path.alpha(fine[at]), (-integral[at] / 2).exp(), rtol=1e-8, atol=0)
+    torch.testing.assert_close(path.alpha(t).square() + path.sigma(t).square(), torch.ones_like(t))
+    h = 1e-6
+    for value, slope in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
+        torch.testing.assert_close(slope(t), (value(t + h) - value(t - h)) / (2 * h), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(path.time_at(path.linear_time(t)), t, rtol=1e-9, atol=0)

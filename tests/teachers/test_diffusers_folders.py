@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.teachers.formats.guidance import canonical_guidance
 from safetensors.torch import load_file, save_file
 from tiny_diffusers import CONFIGS, FLOW, batch, network, pipeline, shape_of
 from torch import Tensor
 
+from fewstep.conventions import canonical_guidance
 from fewstep.conversion import diffusion_path, noise_shares
 from fewstep.errors import UsageError
 from fewstep.networks.condition import Inputs
