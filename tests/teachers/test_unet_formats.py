@@ -7,10 +7,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.conversion import canonical_velocity
+from fewstep.networks.condition import Inputs
 from fewstep.networks.foreign.adm import ADM
 from fewstep.networks.foreign.config import ADMConfig, ForeignBlock, NCSNPPConfig
+from fewstep.networks.foreign.converted import ForeignNetwork
 from fewstep.networks.foreign.ncsnpp import NCSNPP
 from fewstep.teachers.formats.base import Format, Found
 from fewstep.teachers.formats.flow_matching import FLOW_MATCHING
@@ -34,7 +37,6 @@ FLOW_MATCHING_IMAGENET = ADMConfig(
     use_new_attention_order=True,
     use_scale_shift_norm=True,
     resblock_updown=True,
-    null_row=True,
 )
 FACES = NCSNPPConfig(
     ch_mult=(1, 1, 2, 2, 2, 2, 2),
@@ -54,7 +56,8 @@ LAYOUTS: dict[str, tuple[Format, ForeignBlock, int, int, dict[str, Any]]] = {
     "rectified-flow-cifar10": (RECTIFIED_FLOW, NCSNPPConfig(), 0, 32, {}),
     "rectified-flow-celeba-hq": (RECTIFIED_FLOW, FACES, 0, 256, {"centered": True}),
 }
-"""State dicts of the projects, name and shape a line: format, config, classes, pixels, and what has to be said."""
+"""State dicts of the projects' own classes (torchcfm at its commit cacd4dc, flow_matching at 11568d3, RectifiedFlow at
+5a1fd4d), name and shape a line: format, config, classes, pixels, and what has to be said."""
 
 
 def layout(name: str) -> dict[str, Tensor]:
@@ -133,7 +136,7 @@ def test_other_unets_are_read_too(fmt: Format, changes: dict[str, Any]) -> None:
     said = {name: getattr(config, name) for name in ("num_heads", "num_head_channels", "num_heads_upsample")}
     said["use_new_attention_order"] = config.use_new_attention_order
     for classes in (0, 7):
-        wanted = config if classes else config.model_copy(update={"null_row": False})
+        wanted = config if classes else config.model_copy(update={"null_row": True})
         found = fmt.read(weights_of(config, classes, channels=1), said)
         assert (unread(found), found.channels, found.num_classes) == (wanted, 1, classes)
 
@@ -168,7 +171,7 @@ def test_what_is_said_stands_beside_what_is_published() -> None:
 
 
 def test_a_table_with_a_row_for_no_class() -> None:
-    config = SMALL.model_copy(update={"null_row": True, "num_heads": 1})
+    config = SMALL.model_copy(update={"num_heads": 1})
     weights = weights_of(config, 10)
     for said, classes in (({}, 11), ({"null_row": True}, 10)):
         found = TORCHCFM.read(weights, {"num_heads": 1, **said})
@@ -290,3 +293,31 @@ def test_the_velocity_of_a_gaussian(fmt: Format) -> None:
     at, spread = t[:, None], (sd * (1 - t[:, None])) ** 2 + t[:, None] ** 2
     wanted = -mean + (at - sd**2 * (1 - at)) / spread * (x - (1 - at) * mean)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fmt", [TORCHCFM, RECTIFIED_FLOW], ids=lambda fmt: fmt.name)
+def test_a_student_starts_as_its_teacher(fmt: Format) -> None:
+    """For every second time, to the bit; and moves with its time at noise too, where RectifiedFlow's times end."""
+    torch.manual_seed(0)
+    raw: nn.Module = ADM((1, 8, 8), SMALL, 3)
+    if fmt is RECTIFIED_FLOW:
+        large = {"nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "attention_levels": ()}
+        raw = NCSNPP((1, 8, 8), FACES.model_copy(update=large), 0)
+    for parameter in raw.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    raw.double()
+    student = ForeignNetwork(raw, fmt.convention, Inputs(3, two_times=True, guidance=True)).double()
+    x, label = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 1])
+    t = torch.tensor([0.3, 0.9, 1.0], dtype=torch.float64)
+    teacher = canonical_velocity(fmt.convention, lambda z, tau: raw(z, tau, label), x, t)
+    assert teacher.isfinite().all()
+    assert all(torch.equal(student(x, t, r, label), teacher) for r in (t, t / 2, torch.zeros_like(t)))
+    inside = torch.tensor([0.3, 0.9, 0.99], dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        along = (torch.randn_like(x), torch.ones_like(t))
+        _, found = torch.func.jvp(lambda z, s: student(z, s, s / 2, label), (x, inside), along)
+        h = 1e-6
+        ahead, behind = (student(x + s * along[0], inside + s, (inside + s) / 2, label) for s in (h, -h))
+        _, last = torch.func.jvp(lambda z, s: student(z, s, s / 2, label), (x, t), along)
+    assert ((ahead - behind) / (2 * h) - found).norm() < 1e-6 * found.norm()
+    assert last.isfinite().all()

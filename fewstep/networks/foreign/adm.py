@@ -124,9 +124,9 @@ class ADM(nn.Module):
     """``net(x, tau, label, added) -> [B, C, H, W]`` in the precision of ``x``: what the weights' project calls its
     model's output, without a learned sigma.
 
-    ``tau [B]`` is the time as that project gives it. Label ``num_classes`` and None are no class: the last row of the
-    table of classes with ``null_row``, else no embedding of a class at all (that row is zero as flow_matching trains
-    it). ``added [B, E]`` is added to the embedding of time. An unconditional network ignores labels.
+    ``tau [B]`` is the time as that project gives it. Label ``num_classes`` and None are no class, the last row of the
+    table of classes; without such a row (``null_row``) None is a ``ValueError``. ``added [B, E]`` is added to the
+    embedding of time. An unconditional network ignores labels.
     """
 
     def __init__(self, shape: tuple[int, ...], config: ADMConfig, num_classes: int) -> None:
@@ -162,7 +162,7 @@ class ADM(nn.Module):
         )
         if num_classes:
             null = num_classes if config.null_row else None
-            # Its row for no class starts at zero and gets no gradient, as in flow_matching.
+            # As in flow_matching, the row for no class starts at zero and gets no gradient.
             self.label_emb = nn.Embedding(num_classes + config.null_row, self.condition, padding_idx=null)
 
         h = widths[0]
@@ -216,11 +216,8 @@ class ADM(nn.Module):
             condition_BE = condition_BE + added_BE
         if not self.num_classes:
             return condition_BE
-        if self.null_row:
-            if label_B is None:
-                label_B = torch.full_like(tau_B, self.num_classes, dtype=torch.long)
-            return condition_BE + self.label_emb(label_B)
         if label_B is None:
-            return condition_BE
-        known_B1 = (label_B < self.num_classes)[:, None]
-        return condition_BE + self.label_emb(label_B.clamp(max=self.num_classes - 1)) * known_B1
+            if not self.null_row:
+                raise ValueError("this network was trained with a class always: it cannot be asked without one")
+            label_B = torch.full((len(tau_B),), self.num_classes, device=tau_B.device)
+        return condition_BE + self.label_emb(label_B)

@@ -73,7 +73,7 @@ class ADMConfig(ForeignBlock):
 
     kind: Literal["adm"] = "adm"
     model_channels: int = Field(128, ge=2, multiple_of=2)
-    channel_mult: tuple[Annotated[float, Field(gt=0)], ...] = Field((1, 2, 2, 2), min_length=1)
+    channel_mult: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 2.0, 2.0), min_length=1)
     num_res_blocks: int = Field(2, ge=1)
     attention_levels: tuple[Level, ...] = (1,)
     num_heads: int = Field(1, ge=1)
@@ -83,7 +83,7 @@ class ADMConfig(ForeignBlock):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     conv_resample: bool = True
-    null_row: bool = False
+    null_row: bool = True
     learn_sigma: bool = False
 
     @property

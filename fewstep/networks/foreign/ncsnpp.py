@@ -128,13 +128,13 @@ class ResnetBlock(nn.Module):
         self.GroupNorm_1 = norm(leave)
         self.Conv_1 = conv(leave, leave, 3, scale=SMALL)
         self.Conv_2 = nn.Identity() if enter == leave and resample is None else conv(enter, leave, 1)
-        self.shrink = math.sqrt(2) if rescale else 1.0
+        self.root = math.sqrt(2) if rescale else 1.0
 
     def forward(self, h_BCHW: Tensor, condition_BE: Tensor) -> Tensor:
         inner = self.Conv_0(self.resample(F.silu(self.GroupNorm_0(h_BCHW))))
         inner = inner + self.Dense_0(F.silu(condition_BE))[:, :, None, None]
         branch = self.Conv_1(F.silu(self.GroupNorm_1(inner)))
-        return (self.Conv_2(self.resample(h_BCHW)) + branch) / self.shrink
+        return (self.Conv_2(self.resample(h_BCHW)) + branch) / self.root
 
 
 class AttnBlock(nn.Module):
@@ -147,13 +147,13 @@ class AttnBlock(nn.Module):
         self.NIN_1 = NIN(channels, channels)
         self.NIN_2 = NIN(channels, channels)
         self.NIN_3 = NIN(channels, channels, scale=SMALL)
-        self.shrink = math.sqrt(2) if rescale else 1.0
+        self.root = math.sqrt(2) if rescale else 1.0
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
         tokens_BNC = self.GroupNorm_0(h_BCHW).flatten(2).transpose(1, 2)
         q, k, v = (project(tokens_BNC)[:, None] for project in (self.NIN_0, self.NIN_1, self.NIN_2))
         seen_BNC = self.NIN_3(F.scaled_dot_product_attention(q, k, v)[:, 0])
-        return (h_BCHW + seen_BNC.transpose(1, 2).reshape(h_BCHW.shape)) / self.shrink
+        return (h_BCHW + seen_BNC.transpose(1, 2).reshape(h_BCHW.shape)) / self.root
 
 
 class Combine(nn.Module):
@@ -271,8 +271,9 @@ class NCSNPP(nn.Module):
             if level > 0:
                 h = next(modules)(h, condition_BE)
         assert out is not None
-        out = out.to(x.dtype)
-        return out / tau_B[:, None, None, None].to(x.dtype) if config.scale_by_sigma else out
+        if config.scale_by_sigma:
+            out = out / tau_B[:, None, None, None]
+        return out.to(x.dtype)
 
     def conditions(self, tau_B: Tensor, added_BE: Tensor | None, modules: Iterator[nn.Module]) -> Tensor:
         """The embedding of time and of what is added to it, ``[B, E]``, from the first of the modules."""

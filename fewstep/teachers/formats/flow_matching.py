@@ -28,7 +28,6 @@ PUBLISHED = (
         use_new_attention_order=True,
         use_scale_shift_norm=True,
         resblock_updown=True,
-        null_row=True,
     ),
 )
 """The configs of its examples; it publishes no weights."""
