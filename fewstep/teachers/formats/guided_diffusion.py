@@ -102,9 +102,7 @@ def _levels(weights: Weights, title: str) -> tuple[int, bool, bool]:
     period = min(ends, default=count)
     whole = outputs == set(range(count)) and max(inputs, default=0) == count - 1
     if not whole or period < 2 or count % period or ends != set(range(period, count, period)):
-        raise ValueError(
-            f"its input_blocks and output_blocks do not fit together: it is not a whole {title} checkpoint"
-        )
+        raise ValueError(f"input_blocks and output_blocks do not fit together: it is not a whole {title} checkpoint")
     return period, bool(residual), bool(convs)
 
 

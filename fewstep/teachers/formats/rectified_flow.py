@@ -25,11 +25,11 @@ LARGE = NCSNPPConfig(
     scale_by_sigma=True,
     num_scales=2000,
 )
-"""Its networks for images of 256 pixels: those of faces take them in [-1, 1], those of LSUN in [0, 1]."""
-PUBLISHED = ((CIFAR, True), (LARGE, None))
-"""With whether they are ``centered``, which of the large ones is not known."""
 UNSEEN = ("fir", "skip_rescale", "scale_by_sigma", "centered")
 """What no name and no shape says."""
+PUBLISHED = ((CIFAR, UNSEEN), (LARGE, ("fir", "skip_rescale", "scale_by_sigma")))
+"""With what the project's configs settle of that: of its networks for images of 256 pixels, those of faces are
+``centered`` and those of LSUN are not."""
 
 
 def _recognises(weights: Weights) -> bool:
@@ -39,9 +39,9 @@ def _recognises(weights: Weights) -> bool:
 def _read(weights: Weights, said: Mapping[str, Any]) -> Found:
     channels, inferred = _architecture(weights)
     known: dict[str, Any] = {}
-    for own, centered in ((dict(config), centered) for config, centered in PUBLISHED):
+    for own, settles in ((dict(config), settles) for config, settles in PUBLISHED):
         if own | inferred | {"num_scales": own["num_scales"]} == own:
-            known = {name: own[name] for name in UNSEEN if name != "centered" or centered}
+            known = {name: own[name] for name in settles}
     if inferred["embedding_type"] == "positional":
         known["scale_by_sigma"] = False
     known |= said
@@ -63,7 +63,7 @@ def _architecture(weights: Weights) -> tuple[int, dict[str, Any]]:
     head = re.match("W?LLC", kinds)
     if head is None:
         raise ValueError(
-            f"it does not begin with an embedding of time and a convolution: it is not a whole {TITLE} checkpoint"
+            f"the modules do not begin with an embedding of time and a convolution: it is not a whole {TITLE} checkpoint"
         )
     fourier, start = kinds[0] == "W", head.end()
     condition, features = shape_of(weights, f"all_modules.{start - 3}.weight", 2, TITLE)
@@ -84,7 +84,7 @@ def _architecture(weights: Weights) -> tuple[int, dict[str, Any]]:
         "num_scales": num_scales,
     }
     if blocks < 1 or -1 in firsts or condition != 4 * nf or enter != nf or kinds != _expected(levels, inferred):
-        raise ValueError(f"its modules do not follow each other as in a U-Net: it is not a whole {TITLE} checkpoint")
+        raise ValueError(f"the modules do not follow each other as in a U-Net: it is not a whole {TITLE} checkpoint")
     widths = [shape_of(weights, f"all_modules.{first}.Conv_0.weight", 4, TITLE)[0] for first in firsts]
     if any(width % nf for width in widths):
         raise ValueError(f"the levels have {widths} channels, which are no multiples of {nf}")
