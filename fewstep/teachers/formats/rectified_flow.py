@@ -63,7 +63,7 @@ def _architecture(weights: Weights) -> tuple[int, dict[str, Any]]:
     head = re.match("W?LLC", kinds)
     if head is None:
         raise ValueError(
-            f"the modules do not begin with an embedding of time and a convolution: it is not a whole {TITLE} checkpoint"
+            f"the modules do not begin with an embedding of time and a convolution: it is no whole {TITLE} checkpoint"
         )
     fourier, start = kinds[0] == "W", head.end()
     condition, features = shape_of(weights, f"all_modules.{start - 3}.weight", 2, TITLE)
