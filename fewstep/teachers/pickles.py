@@ -59,8 +59,8 @@ def open_checkpoint(path: Path, *, trust: bool = False) -> Opened:
     found = {"safetensors": read_safetensors, "torch": read_torch, "pickle": read_plain}[kind](path, trust=trust)
     try:
         tree = plain(found)
-    except (ValueError, RecursionError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # it has the form of a pickle, and may hold anything
+        raise _damaged(path, error) from error
     if not isinstance(tree, dict | Module):
         raise UsageError(f"{path} holds a {type(tree).__name__}, not a checkpoint")
     with path.open("rb") as file:
@@ -176,7 +176,7 @@ def _run(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} is cut short or damaged: {_shown(error)}")
+    return UsageError(f"{path} is cut short, damaged or of another kind: {_shown(error)}")
 
 
 def _shown(error: Exception) -> str:

@@ -184,6 +184,8 @@ def test_a_network_that_predicts_variances() -> None:
     weights["model.out_conv.weight"] = torch.empty(6, 192, 3, 3, device="meta")
     with pytest.raises(ValueError, match="predicts a variance too"):
         EDM.read(weights, {})
+    with pytest.raises(ValueError, match="predicts a variance too"):
+        EDM.read({"u": torch.empty(1001), **layout("edm-imagenet64-adm")}, {})
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm", "edm2-wide"])

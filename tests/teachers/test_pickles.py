@@ -58,7 +58,8 @@ def test_a_persistent_pickle_is_read_without_its_code(tmp_path: Path) -> None:
     net = Part()
     arguments = {"img_resolution": 8, "channel_mult": [1, 2], "scale": np.float64(0.25), "dropout": None}
     held = persistent(net, arguments, SOURCE.format(str(marker)), "EDMPrecond")
-    loss = Persistent("EDMLoss", {"P_mean": -1.2, "scale": np.float32([2.0, 3.0])}, {}, "raise SystemExit")
+    arrays = {"scale": np.float32([2.0, 3.0]), "turned": np.asfortranarray(np.arange(6).reshape(2, 3))}
+    loss = Persistent("EDMLoss", {"P_mean": -1.2, **arrays}, {}, "raise SystemExit")
     opened = open_checkpoint(write_snapshot(tmp_path / "snapshot.pkl", ema=held, loss_fn=loss))
     assert opened.kind_of_file == "pickle"
     assert opened.said == {
@@ -72,7 +73,15 @@ def test_a_persistent_pickle_is_read_without_its_code(tmp_path: Path) -> None:
     assert opened.tree["dataset_kwargs"] == {"path": "data.zip"}
     assert opened.tree["loss_fn"]["P_mean"] == -1.2
     torch.testing.assert_close(opened.tree["loss_fn"]["scale"], torch.tensor([2.0, 3.0]), rtol=0, atol=0)
+    assert torch.equal(opened.tree["loss_fn"]["turned"], torch.arange(6).reshape(2, 3))
     assert not marker.exists()
+
+
+def test_of_several_modules_the_averaged_one_speaks(tmp_path: Path) -> None:
+    net, ema = persistent(Part(), {"dropout": 0.1}, "", "A"), persistent(Part(), {"dropout": 0.0}, "", "B")
+    opened = open_checkpoint(write_snapshot(tmp_path / "a.pkl", net=net, ema=ema))
+    assert opened.said == {"dropout": 0.0, "class_name": "B"}
+    assert set(opened.tree) == {"net", "ema", "dataset_kwargs"}
 
 
 def same(found: Any, wanted: dict[str, Tensor]) -> None:
@@ -236,10 +245,12 @@ def named(module: str, name: str) -> bytes:
 def test_a_pickle_cannot_alter_the_reader(program: bytes, tmp_path: Path) -> None:
     from fewstep.teachers import inert
 
+    with pytest.raises(pickle.UnpicklingError):
+        inert.Record.items = None
     before = dict(vars(inert.Record)), dict(vars(inert._Dictionary)), dict(inert._MAKERS)
     file = tmp_path / "weights.pkl"
     file.write_bytes(assembled(program))
-    with pytest.raises(UsageError, match="cut short or damaged"):
+    with pytest.raises(UsageError, match="cut short, damaged or"):
         open_checkpoint(file)
     assert (dict(vars(inert.Record)), dict(vars(inert._Dictionary)), dict(inert._MAKERS)) == before
 
@@ -268,17 +279,18 @@ def test_files_cut_short(tmp_path: Path) -> None:
             file = tmp_path / name
             file.write_bytes(content[: int(share * len(content))])
             for trust in (False, True):
-                with pytest.raises(UsageError, match="cut short or damaged") as raised:
+                with pytest.raises(UsageError, match="cut short, damaged or") as raised:
                     open_checkpoint(file, trust=trust)
                 assert not isinstance(raised.value, UntrustedPickle)
                 assert "\n" not in str(raised.value)
     content = old.read_bytes()
     for length in range(len(content) // 4, len(content), 97):
         old.write_bytes(content[:length])
-        with pytest.raises(UsageError, match="cut short or damaged"):
+        with pytest.raises(UsageError, match="cut short, damaged or"):
             open_checkpoint(old)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
 def test_a_tensor_larger_than_its_storage(tmp_path: Path) -> None:
     class Far:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -303,19 +315,19 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     refused(b"", "is empty")
     refused(b"version https://git-lfs", "neither safetensors, nor .* nor a pickle: it begins with b'version https")
     refused(b"cos\nsystem\n(S'true'\ntR.", "neither safetensors")
-    refused(b"{}", "cut short or damaged", "a.safetensors")
+    refused(b"{}", "cut short, damaged or", "a.safetensors")
     refused(pickle.dumps(3), "holds a int, not a checkpoint")
     refused(None, "is a folder", ".")
     refused(None, "cannot read .*: No such file", "missing.pt")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as zipped_file:
         zipped_file.writestr("readme", "nothing")
-    refused(archive.getvalue(), "cut short or damaged")
+    refused(archive.getvalue(), "cut short, damaged or")
     itself: list[Any] = []
     itself.append(itself)
-    refused(pickle.dumps({"a": itself}), "is damaged: it contains itself")
+    refused(pickle.dumps({"a": itself}), "of another kind: ValueError: it contains itself")
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
     opcodes = b"]" * 100_000 + b"a" * 99_999
-    refused(b"\x80\x04}\x8c\x01a" + opcodes + b"s.", "is damaged: ")
+    refused(b"\x80\x04}\x8c\x01a" + opcodes + b"s.", "of another kind: RecursionError")
