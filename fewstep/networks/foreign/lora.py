@@ -36,10 +36,6 @@ def apply_lora(net: nn.Module, lora: LoRAConfig) -> None:
         found.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets)), ADAPTER)
     except ValueError as error:  # of no match, from peft
         raise UsageError(f"lora.targets {', '.join(lora.targets)}: {' '.join(str(error).split())}") from error
-    net.requires_grad_(False)
-    for name, parameter in net.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(True)
 
 
 def with_adapters(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:

@@ -81,6 +81,16 @@ def test_it_is_the_network_called_by_hand(nets: dict[str, DiffusersNetwork], fam
     torch.testing.assert_close(net(x[:1], t[:1] * 10, label[:1]), found[:1], rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_that_sana_is_told() -> None:
+    family = "SanaTransformer2DModel"
+    config = {**CONFIGS[family], "guidance_embeds": True, "guidance_embeds_scale": 0.1}
+    net = network(family, config=config, embedded_guidance=4.5)
+    x, t, label = batch(family)
+    assert isinstance(label, Embeddings)
+    wanted = net.net(x, timestep=t, **label.told(), guidance=torch.full_like(t, 0.45)).sample
+    torch.testing.assert_close(net(x, t, label), wanted, rtol=1e-6, atol=1e-6)
+
+
 @families
 def test_what_is_added_acts_as_a_bias_of_the_embedding_of_time(nets: dict[str, DiffusersNetwork], family: str) -> None:
     net = nets[family]
@@ -98,7 +108,11 @@ def test_what_is_added_acts_as_a_bias_of_the_embedding_of_time(nets: dict[str, D
             module.linear_2.bias.data += added
     torch.testing.assert_close(biased(x, t, label), moved, rtol=1e-5, atol=1e-5)
     assert float((moved - plain).abs().max()) > 1e-3
-    assert torch.equal(net(x, t, label), plain)  # nothing is left of it
+    # Nothing is left of it, after errors neither.
+    assert torch.equal(by_hand(family, net.net, x, t, label), plain)
+    with pytest.raises(RuntimeError):
+        net(x[:, :1], t, label, torch.ones(len(x), net.condition))
+    assert torch.equal(by_hand(family, net.net, x, t, label), plain)
 
 
 @families
