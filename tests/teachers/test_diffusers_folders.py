@@ -441,6 +441,12 @@ def test_configs_that_lack_something(
     assert says in refused(folder)
 
 
+def test_a_number_of_classes_that_is_none(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(folders, "UNet2DModel", tmp_path)
+    change(folder / "unet" / "config.json", num_class_embeds="many")
+    assert "is damaged" in refused(folder)
+
+
 def test_what_is_declared_and_not_known(folders: dict[str, Path]) -> None:
     assert "teacher.guidance_embedded: Extra inputs" in refused(folders[SD3], {"guidance_embedded": 2})
     assert "teacher.convention.noise_at" in refused(folders[SD3], {"convention": {"noise_at": 2}})

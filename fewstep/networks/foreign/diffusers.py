@@ -129,6 +129,8 @@ def build(config: DiffusersConfig) -> Any:
             raise UsageError(f"the {config.family} of this diffusers knows no {name} ({nearest(name, known)})")
     if said.get("time_embedding_type") == "learned":
         raise UsageError("a UNet2DModel with a table of times (time_embedding_type learned) has none between them")
+    if said.get("class_embed_type") is not None:
+        raise UsageError(f"a UNet2DModel whose class_embed_type is {said['class_embed_type']} is told no classes")
     try:
         return network(**said)
     except Exception as error:  # diffusers, on whatever it does not like

@@ -104,6 +104,7 @@ def read_folder(path: Path, said: Mapping[str, Any] | None = None) -> DiffusersF
         channels = FAMILIES[family].channels(config)
         sides = _sides(config.get("sample_size"))
         latent = None if beside is None else _latent(beside, channels)
+        num_classes = class_count(network)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -117,7 +118,7 @@ def read_folder(path: Path, said: Mapping[str, Any] | None = None) -> DiffusersF
         network=network,
         channels=channels,
         sides=sides,
-        num_classes=class_count(network),
+        num_classes=num_classes,
         scheduler=scheduler,
         latent=latent,
         license=_license(root or folder),

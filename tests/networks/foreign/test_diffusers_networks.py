@@ -297,6 +297,7 @@ def test_classes_and_embeddings_are_told_apart() -> None:
             {"config": {**CONFIGS["UNet2DModel"], "time_embedding_type": "learned", "num_train_timesteps": 10}},
             "none between them",
         ),
+        ("UNet2DModel", {"config": {**CONFIGS["UNet2DModel"], "class_embed_type": "identity"}}, "is told no classes"),
         ("UNet2DModel", {"config": {**CONFIGS["UNet2DModel"], "up_block_types": []}}, "UNet2DModel: ValueError"),
         ("DiTTransformer2DModel", {"lora": LoRAConfig()}, "leave lora out"),
         ("PixArtTransformer2DModel", {"lora": LoRAConfig()}, "leave lora out"),
