@@ -167,6 +167,7 @@ def test_compile_with_shards_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_default_backend() -> None:
     """Through the trainer, with generated code; needs a C++ compiler."""
     config = TrainConfig.model_validate({**tiny.CONFIG.model_dump(), "compile": True})

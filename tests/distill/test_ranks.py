@@ -61,7 +61,7 @@ def test_gradients_are_those_of_one_process(name: str, parallel: str, two: dict[
 
 @PARALLEL
 @pytest.mark.parametrize("name", ranks.OBJECTIVES)
-def test_twenty_steps_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
+def test_ten_steps_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
     """Losses to 1e-5; weights, averages, moments and target networks as near as Adam leaves them."""
     one = ranks.trained(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
     found = of(two, f"trained {name} {parallel}")

@@ -1,6 +1,7 @@
 """Checkpoints of every project as a user meets them: looked at, checked, converted, taught from."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,30 @@ def test_a_file_that_was_cut_short(kind: str, here: Path) -> None:
     content = (here / "teacher.pt").read_bytes()
     (here / "teacher.pt").write_bytes(content[: len(content) // 2])
     refuse("teacher", "inspect", "teacher.pt", says=("teacher.pt is cut short or damaged",))
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("open('harm', 'w')",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda held, path: path.write_bytes(pickle.dumps(held))])
+def test_what_a_pickle_names_is_listed_and_not_run(save: Any, here: Path) -> None:
+    save({"ema": plain(), "step": Malicious()}, here / "teacher.pt")
+    wanted = ("teacher.pt names builtins.exec, which would run as code", "--trust-pickle", "teacher.trust_pickle: true")
+    refuse("teacher", "inspect", "teacher.pt", "heads=3", says=wanted)
+    refuse("teacher", "convert", "teacher.pt", "heads=3", "--kind", "dit", says=wanted)
+    refuse("teacher", "check", config("dit", here), says=wanted)
+    refuse("distill", config("dit", here), says=wanted)
+    assert not (here / "harm").exists()
+    # Somebody who trusts its maker says so, once: the conversion needs no trust any more.
+    succeed("teacher", "convert", "teacher.pt", "heads=3", "--kind", "dit", "--trust-pickle")
+    assert (here / "harm").exists()
+    (here / "harm").unlink()
+    succeed("distill", config("dit", here), "teacher.architecture={}", "--out", "run")
+    assert not (here / "harm").exists()
 
 
 def test_missing_and_empty_paths(here: Path) -> None:
