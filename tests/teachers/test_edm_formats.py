@@ -146,9 +146,9 @@ def test_what_is_said_beyond_the_weights() -> None:
     [
         ("edm-cifar10-vp", {"class_name": "iDDPMPrecond"}, "iDDPMPrecond are not read"),
         ("edm-cifar10-vp", {"class_name": "VPPrecond", "beta_d": 10}, "beta_d 10 is not read"),
-        ("edm-cifar10-vp", {"channels": 64}, "channels is 128 by the weights, not 64 as said"),
-        ("edm-cifar10-vp", {"attn_resolutions": [16, 8]}, r"attention is \[16\] by the weights, not \[16, 8\] as said"),
-        ("edm2-img512-xs", {"num_blocks": 2}, "blocks is 3 by the weights, not 2 as said"),
+        ("edm-cifar10-vp", {"channels": 64}, "channels is 128 by the weights, and 64 was declared"),
+        ("edm-cifar10-vp", {"attn_resolutions": [16, 8]}, r"attention is \(16,\) by the weights, and \(16, 8\) was"),
+        ("edm2-img512-xs", {"num_blocks": 2}, "blocks is 3 by the weights, and 2 was declared"),
         ("edm2-img512-xs", {"channels_per_head": 48}, "declare head_channels"),
         ("edm2-img512-xs", {"wings": 2}, "wings"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 from fewstep.conventions import ConventionConfig
 from fewstep.networks.foreign.config import EDM2Config, EDMConfig
 from fewstep.teachers.formats.base import Format, Found, Weights
+from fewstep.teachers.formats.shapes import settled, shape_of
 
 CONVENTION = ConventionConfig(path="variance_exploding", prediction="data", earliest=0.002 / 1.002, latest=80.0 / 81.0)
 """From ``sigma = 0.002`` to ``sigma = 80``, the levels between which both projects sample."""
@@ -42,32 +43,33 @@ VP = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}
 def _read_edm(weights: Weights, said: Mapping[str, Any]) -> Found:
     side, levels = _sides(weights, "model")
     sides = [side >> level for level in range(levels)]
-    first = _shape(weights, f"model.enc.{side}x{side}_conv.weight", 4, "EDM")
-    condition, features = _shape(weights, "model.map_layer0.weight", 2, "EDM")
+    first = shape_of(weights, f"model.enc.{side}x{side}_conv.weight", 4, "EDM")
+    condition, features = shape_of(weights, "model.map_layer0.weight", 2, "EDM")
     arch = "ncsnpp" if "model.map_noise.freqs" in weights else "ddpmpp"
     end = f"model.dec.{side}x{side}_aux_conv.weight"
     if "model.out_conv.weight" in weights:
         arch, end = "adm", "model.out_conv.weight"
     channels = {"adm": features, "ncsnpp": features // 2, "ddpmpp": features}[arch]
-    if "u" in weights or _shape(weights, end, 4, "EDM")[0] != first[1]:
+    if "u" in weights or shape_of(weights, end, 4, "EDM")[0] != first[1]:
         raise ValueError("its network predicts a variance too, as those of iDDPMPrecond do, which are not read")
     if arch != "adm" and first[0] != channels:
         raise ValueError(f"{features} features of time for {first[0]} channels: only DDPM++, NCSN++ and ADM are read")
     taps = {4 if arch == "ncsnpp" else 2}
     if {weights[name].shape[-1] for name in weights if name.endswith("resample_filter")} - taps:
         raise ValueError("its resample_filter is not that of its architecture: only DDPM++, NCSN++ and ADM are read")
-    widths = [_shape(weights, f"model.enc.{each}x{each}_block0.conv0.weight", 4, "EDM")[0] for each in sides]
+    widths = [shape_of(weights, f"model.enc.{each}x{each}_block0.conv0.weight", 4, "EDM")[0] for each in sides]
     augment = "model.map_augment.weight"
-    inferred = {
+    inferred: dict[str, Any] = {
+        "convention": CONVENTION,
         "arch": arch,
         "channels": channels,
         "multipliers": _multiples(widths, channels),
         "blocks": _count(weights, f"model.enc.{side}x{side}_block"),
         "attention": tuple(each for each in sides if f"model.enc.{each}x{each}_block0.qkv.weight" in weights),
         "embedding": _multiples([condition], channels)[0],
-        "augment_dim": _shape(weights, augment, 2, "EDM")[1] if augment in weights else 0,
+        "augment_dim": shape_of(weights, augment, 2, "EDM")[1] if augment in weights else 0,
     }
-    told = _told(said, {"resample_filter", "class_name", *VP})
+    told = _told(said, {"resample_filter", "class_name", *VP}, sides)
     if "class_name" in said:
         name = str(said["class_name"]).rpartition(".")[2]
         if name not in PRECONDS:
@@ -76,33 +78,34 @@ def _read_edm(weights: Weights, said: Mapping[str, Any]) -> Found:
     changed = [name for name, usual in VP.items() if said.get(name, usual) != usual]
     if changed:
         raise ValueError(f"{changed[0]} {said[changed[0]]} is not read: only {VP[changed[0]]}")
-    network = EDMConfig.model_validate(_settled(inferred, told, sides))
+    network = settled(EDMConfig, inferred, told)
     classes = "model.map_label.weight"
-    num_classes = _shape(weights, classes, 2, "EDM")[1] if classes in weights else 0
+    num_classes = shape_of(weights, classes, 2, "EDM")[1] if classes in weights else 0
     return Found(network, first[1], side, num_classes, dict(weights))
 
 
 def _read_edm2(weights: Weights, said: Mapping[str, Any]) -> Found:
     side, levels = _sides(weights, "unet")
     sides = [side >> level for level in range(levels)]
-    entered = _shape(weights, f"unet.enc.{side}x{side}_conv.weight", 4, "EDM2")[1]
-    widths = [_shape(weights, f"unet.enc.{each}x{each}_block0.conv_res0.weight", 4, "EDM2")[0] for each in sides]
-    condition, features = _shape(weights, "unet.emb_noise.weight", 2, "EDM2")
-    told = _told(said, {"class_name", "channel_mult_emb"})
+    entered = shape_of(weights, f"unet.enc.{side}x{side}_conv.weight", 4, "EDM2")[1]
+    widths = [shape_of(weights, f"unet.enc.{each}x{each}_block0.conv_res0.weight", 4, "EDM2")[0] for each in sides]
+    condition, features = shape_of(weights, "unet.emb_noise.weight", 2, "EDM2")
+    told = _told(said, {"class_name", "channel_mult_emb"}, sides)
     channels = told.get("channels", widths[0])
     if any(width % channels for width in widths):
         channels = math.gcd(*widths)
     attention = tuple(each for each in sides if f"unet.enc.{each}x{each}_block0.attn_qkv.weight" in weights)
     inferred = {
+        "convention": CONVENTION,
         "channels": channels,
         "multipliers": _multiples(widths, channels),
         "blocks": _count(weights, f"unet.enc.{side}x{side}_block"),
         "attention": attention,
         "noise_channels": features if features != widths[0] else None,
         "embedding_channels": condition if condition != max(widths) else None,
-        "logvar_channels": _shape(weights, "logvar_linear.weight", 2, "EDM2")[1],
+        "logvar_channels": shape_of(weights, "logvar_linear.weight", 2, "EDM2")[1],
     }
-    network = EDM2Config.model_validate(_settled(inferred, told, sides))
+    network = settled(EDM2Config, inferred, told)
     attending = [width for each, width in zip(sides, widths, strict=True) if each in attention]
     if any(width % network.head_channels for width in (*attending, widths[-1])):
         raise ValueError(
@@ -110,32 +113,18 @@ def _read_edm2(weights: Weights, said: Mapping[str, Any]) -> Found:
             f"{network.head_channels}: declare head_channels"
         )
     classes = "unet.emb_label.weight"
-    num_classes = _shape(weights, classes, 2, "EDM2")[1] if classes in weights else 0
+    num_classes = shape_of(weights, classes, 2, "EDM2")[1] if classes in weights else 0
     return Found(network, entered - 1, side, num_classes, dict(weights))
 
 
-def _told(said: Mapping[str, Any], beside: set[str]) -> dict[str, Any]:
-    """The fields of a config among what was said, under our names; without ``beside``, which the caller reads."""
-    dropped = UNUSED | beside
-    told = {ARGUMENTS.get(name, name): value for name, value in said.items() if name not in dropped}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-
-
-def _settled(inferred: Mapping[str, Any], told: Mapping[str, Any], sides: list[int]) -> dict[str, Any]:
-    """A config's fields: what was told, if weights do not say otherwise. ``ValueError`` if they do."""
-    for name, found in inferred.items():
-        value = told.get(name, found)
-        if name == "attention":  # sides that no level has are nobody's
-            value = tuple(side for side in sides if side in value)
-        if value != found:
-            raise ValueError(f"{name} is {_shown(found)} by the weights, not {_shown(value)} as said")
-    convention = told.get("convention", {})
-    given = convention.model_dump(exclude_unset=True) if isinstance(convention, ConventionConfig) else convention
-    return {**told, **inferred, "convention": {**CONVENTION.model_dump(), **given}}
-
-
-def _shown(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def _told(said: Mapping[str, Any], beside: set[str], sides: list[int]) -> dict[str, Any]:
+    """The fields of a config among what was said, under our names; without ``beside``, which the caller reads. Of the
+    sides with attention those that no level has are nobody's."""
+    told = {ARGUMENTS.get(name, name): value for name, value in said.items() if name not in UNUSED | beside}
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    if isinstance(told.get("attention"), tuple):
+        told["attention"] = tuple(side for side in sides if side in told["attention"])
+    return told
 
 
 def _sides(weights: Weights, prefix: str) -> tuple[int, int]:
@@ -151,15 +140,6 @@ def _sides(weights: Weights, prefix: str) -> tuple[int, int]:
     if missing:
         raise ValueError(f"the checkpoint has no {prefix}.enc.{missing[0]}x{missing[0]}_block0: it is not a whole one")
     return side, levels
-
-
-def _shape(weights: Weights, name: str, dims: int, title: str) -> tuple[int, ...]:
-    if name not in weights:
-        raise ValueError(f"the checkpoint has no {name}: it is not a whole {title} checkpoint")
-    shape = tuple(weights[name].shape)
-    if len(shape) != dims or 0 in shape:
-        raise ValueError(f"{name} has shape {list(shape)}: it is no {title} checkpoint's")
-    return shape
 
 
 def _count(weights: Weights, prefix: str) -> int:
