@@ -176,7 +176,7 @@ def _run(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} is cut short, damaged or of another kind: {_shown(error)}")
+    return UsageError(f"{path} is cut short or damaged, or of another kind: {_shown(error)}")
 
 
 def _shown(error: Exception) -> str:

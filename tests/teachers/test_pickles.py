@@ -250,7 +250,7 @@ def test_a_pickle_cannot_alter_the_reader(program: bytes, tmp_path: Path) -> Non
     before = dict(vars(inert.Record)), dict(vars(inert._Dictionary)), dict(inert._MAKERS)
     file = tmp_path / "weights.pkl"
     file.write_bytes(assembled(program))
-    with pytest.raises(UsageError, match="cut short, damaged or"):
+    with pytest.raises(UsageError, match="cut short or damaged"):
         open_checkpoint(file)
     assert (dict(vars(inert.Record)), dict(vars(inert._Dictionary)), dict(inert._MAKERS)) == before
 
@@ -279,14 +279,14 @@ def test_files_cut_short(tmp_path: Path) -> None:
             file = tmp_path / name
             file.write_bytes(content[: int(share * len(content))])
             for trust in (False, True):
-                with pytest.raises(UsageError, match="cut short, damaged or") as raised:
+                with pytest.raises(UsageError, match="cut short or damaged") as raised:
                     open_checkpoint(file, trust=trust)
                 assert not isinstance(raised.value, UntrustedPickle)
                 assert "\n" not in str(raised.value)
     content = old.read_bytes()
     for length in range(len(content) // 4, len(content), 97):
         old.write_bytes(content[:length])
-        with pytest.raises(UsageError, match="cut short, damaged or"):
+        with pytest.raises(UsageError, match="cut short or damaged"):
             open_checkpoint(old)
 
 
@@ -315,14 +315,14 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     refused(b"", "is empty")
     refused(b"version https://git-lfs", "neither safetensors, nor .* nor a pickle: it begins with b'version https")
     refused(b"cos\nsystem\n(S'true'\ntR.", "neither safetensors")
-    refused(b"{}", "cut short, damaged or", "a.safetensors")
+    refused(b"{}", "cut short or damaged", "a.safetensors")
     refused(pickle.dumps(3), "holds a int, not a checkpoint")
     refused(None, "is a folder", ".")
     refused(None, "cannot read .*: No such file", "missing.pt")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as zipped_file:
         zipped_file.writestr("readme", "nothing")
-    refused(archive.getvalue(), "cut short, damaged or")
+    refused(archive.getvalue(), "cut short or damaged")
     itself: list[Any] = []
     itself.append(itself)
     refused(pickle.dumps({"a": itself}), "of another kind: ValueError: it contains itself")

@@ -32,7 +32,7 @@ NCSNPP = {
     "resample_filter": [1, 3, 3, 1],
     "channel_mult": [2, 1, 2],
 }
-ADM = {"model_type": "DhariwalUNet", "model_channels": 64, "channel_mult": [1, 2], "num_blocks": 2}
+ADM = {"model_type": "DhariwalUNet", "model_channels": 64, "channel_mult": [1, 2], "num_blocks": 1}
 UNET = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
 
 CASES = {
@@ -62,7 +62,7 @@ CASES = {
     "adm": Case(
         "EDMPrecond",
         {**ADM, "attn_resolutions": [4], "augment_dim": 9, "sigma_data": 0.7},
-        EDMConfig(arch="adm", channels=64, multipliers=(1, 2), blocks=2, attention=(4,), augment_dim=9, sigma_data=0.7),
+        EDMConfig(arch="adm", channels=64, multipliers=(1, 2), blocks=1, attention=(4,), augment_dim=9, sigma_data=0.7),
     ),
     "edm2": Case(
         "Precond",
