@@ -6,7 +6,7 @@ takes contiguous input alone, is given that.
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -48,9 +48,11 @@ class DiffusersNetwork(nn.Module):
         for module in embedders:
             module.register_forward_hook(self._time.embedded)
         self._guidance: _Seam | None = None
+        self._scale = 1.0
         if config.embedded_guidance is not None and self.family.guidance is not None:
             embedder, waves = (_matching(self.net, name)[0] for name in self.family.guidance)
             self._guidance = _Seam(waves, self.family.wave_scale)
+            self._scale = config.embedded_guidance * self.net.config.get("guidance_embeds_scale", 1.0)
             embedder.register_forward_hook(self._guidance.embedded)
         for module in self.net.modules():
             if isinstance(module, nn.GroupNorm):
@@ -67,15 +69,12 @@ class DiffusersNetwork(nn.Module):
     ) -> Tensor:
         dtype = next(self.net.parameters()).dtype
         told = self._told(label, dtype, len(x))
-        if self.config.embedded_guidance is None or self._guidance is None:
-            with self._time.given(tau_B, added_BE):
-                output = self.family.call(self.net, self.config, x.to(dtype), tau_B, told)
-        else:
-            told["guidance"] = torch.full_like(
-                tau_B, self.config.embedded_guidance * self.net.config.get("guidance_embeds_scale", 1.0)
-            )
-            with self._time.given(tau_B, added_BE), self._guidance.given(told["guidance"], None):
-                output = self.family.call(self.net, self.config, x.to(dtype), tau_B, told)
+        guided: AbstractContextManager[None] = nullcontext()
+        if self._guidance is not None:
+            told["guidance"] = torch.full_like(tau_B, self._scale)
+            guided = self._guidance.given(told["guidance"], None)
+        with self._time.given(tau_B, added_BE), guided:
+            output = self.family.call(self.net, self.config, x.to(dtype), tau_B, told)
         return output[:, : x.shape[1]].to(x.dtype)
 
     def _told(self, label: Condition | None, dtype: torch.dtype, size: int) -> dict[str, Tensor]:
@@ -118,8 +117,10 @@ def build(config: DiffusersConfig) -> Any:
         network = FAMILIES[config.family].load()
     except ImportError as error:
         raise EnvironmentFault(
-            f"{config.family} needs the package diffusers: pip install 'fewstep[diffusers]'"
+            f"{config.family} needs the package diffusers, not older than that: pip install 'fewstep[diffusers]'"
         ) from error
+    except RuntimeError as error:  # from diffusers, when something that it imports is broken
+        raise EnvironmentFault(f"diffusers does not import: {' '.join(str(error).split())}") from error
     known = set(inspect.signature(network.__init__).parameters) - {"self"}
     said = {}
     for name, value in config.config.items():

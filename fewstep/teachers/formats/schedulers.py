@@ -46,7 +46,9 @@ class Scheduler:
     depends on the size of the image. It is no part of the convention: the network is given the moved time itself.
 
     ``set_timesteps(N)`` of ``FlowMatchEulerDiscreteScheduler`` moves its last time twice (with a shift of 3, from
-    0.0010 to 0.0030 to 0.0089) and spends its last step there: grids are better given to it as ``sigmas``.
+    0.0010 to 0.0030 to 0.0089) and spends its last step there: grids are better given to it as ``sigmas``. Solvers of
+    diffusions, where they are used for flow matching, cut the times that they give a network to whole numbers; here
+    they are what they are.
     """
 
     name: str

@@ -1,7 +1,9 @@
 """Networks of diffusers: called as their pipelines call them, differentiable, with room for a second time; adapters."""
 
 import copy
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.condition import Embeddings
-from fewstep.errors import UsageError
+from fewstep.errors import EnvironmentFault, UsageError
 from fewstep.networks.condition import Inputs
 from fewstep.networks.foreign.config import LoRAConfig
 from fewstep.networks.foreign.converted import ForeignNetwork
@@ -326,6 +328,25 @@ def test_what_other_versions_write_for_nothing_is_no_obstacle() -> None:
 
 def test_all_families_are_tried() -> None:
     assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(ImportError("no such"), r"pip install 'fewstep\[diffusers\]'"), (RuntimeError("a\nb"), "does not import: a b")],
+)
+def test_diffusers_that_does_not_import(monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
+    def load() -> Any:
+        raise error
+
+    monkeypatch.setitem(FAMILIES, "UNet2DModel", dataclasses.replace(FAMILIES["UNet2DModel"], load=load))
+    with pytest.raises(EnvironmentFault, match=says):
+        build(config_of("UNet2DModel"))
+
+
+def test_peft_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(EnvironmentFault, match="LoRA students need the package peft"):
+        network("SD3Transformer2DModel", lora=LoRAConfig())
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
