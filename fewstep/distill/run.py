@@ -41,6 +41,7 @@ from fewstep.environment import describe_environment
 from fewstep.errors import FewstepError, UsageError, is_out_of_memory
 from fewstep.files import read_json, write_atomic, write_json
 from fewstep.networks.build import build_network
+from fewstep.networks.foreign.config import ForeignBlock, knows_none
 from fewstep.students.initialise import copy_teacher, network_of
 from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.load import Teacher, load_teacher
@@ -391,6 +392,12 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
             raise UsageError("student.network differs from the teacher's: leave it out, or set student.init to scratch")
         network = teacher.network
     network = network_of(config.student, network)
+    drops = bool(getattr(config.objective, "guidance", None) or getattr(config.objective, "label_dropout", None))
+    if drops and isinstance(network, ForeignBlock) and data.conditional and not knows_none(network):
+        raise UsageError(
+            f"the student's network ({network.kind}) has nothing that stands for no class: it cannot be guided by "
+            "itself, nor lose labels"
+        )
     torch.manual_seed(config.seed)
     student = build_network(
         network,

@@ -115,7 +115,8 @@ class CheckpointTeacher(ForeignTeacher):
     ``architecture`` has those fields of its network that weights do not tell, such as ``heads``. ``weights`` takes the
     average if there is one (``auto``), insists on it, or takes the ``raw`` ones. ``guided_channels`` is how many
     leading channels guidance moves; by default as many as the project's own sampler, 3 of 4 for SiT and DiT. A pickle
-    that names more than tensors is not opened unless ``trust_pickle`` says that its code may run.
+    that names more than tensors is not opened unless ``trust_pickle`` says that its code may run. With ``weak``, a
+    checkpoint of the same kind, guidance goes away from that one: EDM2's ``gnet``.
     """
 
     kind: Literal["sit", "dit", "repa", "minrf", "torchcfm", "flow_matching", "rectified_flow", "edm", "edm2"]
@@ -123,6 +124,7 @@ class CheckpointTeacher(ForeignTeacher):
     weights: Literal["auto", "ema", "raw"] = "auto"
     guided_channels: Annotated[int, Field(ge=1)] | Literal["project", "all"] = "project"
     trust_pickle: bool = False
+    weak: str | None = Field(None, min_length=1)
 
 
 class DiffusersTeacher(ForeignTeacher):

@@ -79,14 +79,17 @@ class Loaded:
     network: ForeignConfig
     digest: str
     guided_channels: int | None
+    num_classes: int
 
 
-def load_checkpoint(config: CheckpointTeacher, data: Dataset) -> Loaded:
-    """The network of a checkpoint for these data. What does not fit them is a ``UsageError``."""
+def load_checkpoint(config: CheckpointTeacher, data: Dataset, *, weak: bool = False) -> Loaded:
+    """The network of a checkpoint for these data. What does not fit them is a ``UsageError``; only the ``weak`` one of
+    two may know no classes."""
     checkpoint = read_checkpoint(config)
     found = checkpoint.found
     sides = None if found.side is None else (found.side, found.side)
-    check_fits(config.path, found.channels, sides, found.num_classes, data)
+    ignores = weak and not found.num_classes
+    check_fits(config.path, found.channels, sides, data.num_classes if ignores else found.num_classes, data)
     guided = checkpoint.format.guided_channels if config.guided_channels == "project" else config.guided_channels
     return Loaded(
         name=Path(config.path).stem,
@@ -94,6 +97,7 @@ def load_checkpoint(config: CheckpointTeacher, data: Dataset) -> Loaded:
         network=found.network,
         digest=checkpoint.source.digest,
         guided_channels=None if guided == "all" or guided is None or guided >= data.shape[0] else guided,
+        num_classes=found.num_classes,
     )
 
 
@@ -152,6 +156,7 @@ def load_diffusers(config: DiffusersTeacher, data: Dataset) -> Loaded:
         network=found.network,
         digest=digest(" ".join(digests).encode()),
         guided_channels=None,
+        num_classes=found.num_classes,
     )
 
 

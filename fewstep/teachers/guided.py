@@ -40,6 +40,20 @@ class ClassContrast:
 
 
 @dataclass(frozen=True)
+class Unconditional:
+    """A field that knows no conditions, in a place where there are some."""
+
+    field: VelocityField
+
+    @property
+    def nfe(self) -> int:
+        return self.field.nfe
+
+    def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
+        return self.field(x, t_B, None)
+
+
+@dataclass(frozen=True)
 class WeakContrast:
     """A field against a weaker one of the same kind, with the same label: autoguidance (Karras et al. 2406.02507)."""
 

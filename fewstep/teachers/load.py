@@ -20,6 +20,7 @@ from fewstep.flow import VelocityField
 from fewstep.networks.build import network_from_card, parameter_count
 from fewstep.networks.config import NetworkConfig
 from fewstep.networks.embeddings import to_bfloat16
+from fewstep.networks.foreign.config import knows_none
 from fewstep.teachers.analytic import MixtureTeacher
 from fewstep.teachers.config import (
     AnalyticTeacher,
@@ -32,8 +33,8 @@ from fewstep.teachers.config import (
 )
 from fewstep.teachers.contrastive import CorrectedField
 from fewstep.teachers.convention import ConvertedField
-from fewstep.teachers.foreign import load_checkpoint, load_diffusers
-from fewstep.teachers.guided import ClassContrast, GuidedField, WeakContrast
+from fewstep.teachers.foreign import Loaded, load_checkpoint, load_diffusers
+from fewstep.teachers.guided import ClassContrast, GuidedField, Unconditional, WeakContrast
 from fewstep.teachers.network import NetworkField, freeze
 from fewstep.teachers.python import checked, identity, load_target
 
@@ -223,18 +224,38 @@ def _foreign(config: CheckpointTeacher | DiffusersTeacher, data: Dataset, device
     else:
         evaluated = net.to(device)
     field = NetworkField(evaluated)
-    contrast = ClassContrast(field, data.num_classes, loaded.guided_channels) if data.conditional else None
-    if config.guidance != 1 and contrast is None:
-        raise UsageError(f"teacher.guidance {config.guidance:g} needs a condition, and {data.name} has none")
+    contrast, identity = _foreign_contrast(config, loaded, field, data, device)
     return Teacher(
         name=loaded.name,
         field=field if config.guidance == 1 or contrast is None else GuidedField(contrast, config.guidance),
         net=net,
         network=loaded.network,
         guidance=config.guidance,
-        digest=digest(f"{loaded.digest} {loaded.network.model_dump_json()}".encode()),
+        digest=digest(f"{identity} {loaded.network.model_dump_json()}".encode()),
         params=parameter_count(net),
         noise=config.noise,
         contrast=contrast,
         objective=config.kind,
     )
+
+
+def _foreign_contrast(
+    config: CheckpointTeacher | DiffusersTeacher,
+    loaded: Loaded,
+    field: VelocityField,
+    data: Dataset,
+    device: torch.device,
+) -> tuple[ClassContrast | WeakContrast | None, str]:
+    """What guides a network of another project, and the digest of all that is asked then. ``UsageError`` if guidance is
+    asked for and nothing does."""
+    if isinstance(config, CheckpointTeacher) and config.weak is not None:
+        weaker = load_checkpoint(config.model_copy(update={"path": config.weak}), data, weak=True)
+        weak = NetworkField(freeze(weaker.net).to(device))
+        against: VelocityField = weak if weaker.num_classes or not data.conditional else Unconditional(weak)
+        return WeakContrast(field, against), digest((loaded.digest + weaker.digest).encode())
+    if data.conditional and knows_none(loaded.network):
+        return ClassContrast(field, data.num_classes, loaded.guided_channels), loaded.digest
+    if config.guidance != 1:
+        why = "its network was trained with a class always" if data.conditional else f"{data.name} has no condition"
+        raise UsageError(f"teacher.guidance {config.guidance:g}: {why}, so there is nothing to be guided away from")
+    return None, loaded.digest

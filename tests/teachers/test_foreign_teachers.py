@@ -400,3 +400,34 @@ def test_half_precision_weights_are_read(here: Path) -> None:
     torch.testing.assert_close(low, found.field(x, t, label), rtol=0.1, atol=0.1)
     sampled = sample_ode(found.field, x, torch.tensor([1.0, 0.5, 0.0]), label)
     assert bool(sampled.x.isfinite().all())
+
+
+def test_away_from_a_weaker_checkpoint(here: Path) -> None:
+    """EDM2's way: one step beyond the better of two networks, the worse of which may know no classes."""
+    made.write("edm2", here / "teacher.pt")
+    for classes in (made.CLASSES, 0):
+        torch.manual_seed(8)
+        worse = made.raw_network(made.KINDS["edm2"].network, made.SHAPE, classes)
+        made.randomise(worse)
+        made.KINDS["edm2"].save(here / "worse.pt", worse, worse.state_dict(), {})
+        good = teacher("edm2").field
+        found = teacher("edm2", guidance=1.5, weak="worse.pt")
+        x, t, label = torch.randn(3, *made.SHAPE), torch.tensor([0.2, 0.5, 0.8]), torch.arange(3)
+        convention = FORMATS["edm2"].convention
+        told = label if classes else None
+        with torch.no_grad():
+            bad = canonical_velocity(convention, lambda z, tau_B, net=worse, to=told: net(z, tau_B, to), x, t)
+            torch.testing.assert_close(found.field(x, t, label), bad + 1.5 * (good(x, t, label) - bad))
+        assert found.digest != teacher("edm2").digest
+
+
+def test_a_network_that_always_had_a_class_is_not_guided(here: Path) -> None:
+    always = made.KINDS["torchcfm"].network.model_copy(update={"null_row": False})
+    net = made.raw_network(always, made.SHAPE, made.CLASSES)
+    torch.save({"ema_model": net.state_dict()}, here / "teacher.pt")
+    file = config("flow_matching", here)
+    told = ("teacher.kind=torchcfm",)
+    succeed("distill", file, *told, "--out", "run", "train.steps=1")
+    refuse("distill", file, *told, "teacher.guidance=2", says=("trained with a class always",))
+    own = ("objective={kind: meanflow, velocity: data, guidance: {scale: 2}}",)
+    refuse("distill", file, *told, *own, says=("(adm) has nothing that stands for no class",))

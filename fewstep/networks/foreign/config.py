@@ -244,3 +244,10 @@ class DiffusersConfig(ForeignBlock):
 
 ForeignConfig = DiTConfig | MinRFConfig | ADMConfig | NCSNPPConfig | EDMConfig | EDM2Config | DiffusersConfig
 """Every network from elsewhere, by its ``kind``."""
+
+
+def knows_none(network: ForeignConfig) -> bool:
+    """Whether a network can be asked without a condition: one that was trained with a class always cannot."""
+    if isinstance(network, DiTConfig | MinRFConfig | ADMConfig):
+        return network.null_row
+    return not isinstance(network, DiffusersConfig) or network.family != "UNet2DModel" or network.null_class
