@@ -69,6 +69,11 @@ def as_declared(checkpoint: Checkpoint, config: CheckpointTeacher) -> Checkpoint
     return replace(checkpoint, found=replace(checkpoint.found, network=network))
 
 
+OF_ONE_SIZE = ("DiTTransformer2DModel", "UNet2DModel")
+"""Networks of diffusers that are asked for images as large as those they were trained on; the others place patches
+wherever they are."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A network with its weights, in the one convention; ``digest`` is that of its files, ``guided_channels`` how many
@@ -141,7 +146,8 @@ def _by(shape: tuple[int, ...]) -> str:
 def load_diffusers(config: DiffusersTeacher, data: Dataset) -> Loaded:
     """The network of a diffusers folder for these data. What does not fit them is a ``UsageError``."""
     found = read_diffusers(config)
-    check_fits(config.path, found.channels, found.sides, found.num_classes, data, told=told(found.network))
+    sides = found.sides if found.network.family in OF_ONE_SIZE else None
+    check_fits(config.path, found.channels, sides, found.num_classes, data, told=told(found.network))
     inputs = Inputs(found.num_classes, two_times=False)
     raw = raw_network(found.network, data.shape, found.num_classes)
     weights = found.weights()

@@ -10,8 +10,11 @@ import torch
 from conftest import cli, refuse, succeed
 from safetensors.torch import load_file, save_file
 
+from fewstep.checkpoint import RunDirectory
 from fewstep.compat import prepare_torchvision
 from fewstep.condition import Embeddings
+from fewstep.config import load_config
+from fewstep.distill.run import Interrupted, run_training
 from fewstep.networks.foreign.lora import FILE
 from fewstep.students.load import load_model
 
@@ -160,8 +163,18 @@ def test_a_student_that_trains_its_adapters_alone(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(after, before, atol=1e-4)
 
-    # Two times: what is new to the network is trained beside the adapters.
+    # Two times: what is new to the network is trained beside the adapters; stopped and resumed to the same bits.
     succeed("distill", file, lora, "--out", "jumps")
+    said = load_config(str(file), [lora])
+    halfway = run_training(
+        said, RunDirectory(tmp_path / "again"), resume=False, overwrite=False, stopped=iter([0] * 4 + [1] * 9).__next__
+    )
+    with pytest.raises(Interrupted):
+        list(halfway)
+    succeed("distill", file, lora, "--out", "again", "--resume")
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("jumps", "again"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    succeed("evaluate", "jumps")
     weights = load_file(tmp_path / "jumps" / "model" / "model.safetensors")
     assert bool(weights["embed_gap.outer.weight"].any())
     refuse(
