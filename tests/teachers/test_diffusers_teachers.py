@@ -9,12 +9,14 @@ import tiny_diffusers as tiny
 import torch
 from conftest import cli, refuse, succeed
 from safetensors.torch import load_file, save_file
+from test_diffusers_folders import MEAN, STD, perfect
 
 from fewstep.checkpoint import RunDirectory
 from fewstep.compat import prepare_torchvision
 from fewstep.condition import Embeddings
 from fewstep.config import load_config
 from fewstep.distill.run import Interrupted, run_training
+from fewstep.networks.foreign.diffusers import DiffusersNetwork
 from fewstep.networks.foreign.lora import FILE
 from fewstep.students.load import load_model
 
@@ -196,3 +198,38 @@ def test_check_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "says nothing of these data in any reading" in result.stderr
     (tmp_path / "teacher" / "scheduler" / "scheduler_config.json").unlink()
     refuse("teacher", "check", file, says=("no scheduler beside it", "teacher.convention"))
+
+
+@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "Lumina2Transformer2DModel", "DiTTransformer2DModel"])
+def test_check_confirms_what_a_scheduler_says_and_names_what_is_wrong(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that knows its data exactly, in the convention of its family and scheduler."""
+    file = prepare(family, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    x = MEAN + STD * torch.randn(COUNT * 20, *tiny.shape_of(family), generator=torch.Generator().manual_seed(3))
+    labels = {"labels": torch.arange(len(x)) % 5} if family not in tiny.TEXT else {}
+    save_file({"latents": x, **labels}, tmp_path / "data" / "latents.safetensors")
+    if family in tiny.TEXT:
+        condition = tiny.batch(family, len(x))[2]
+        assert isinstance(condition, Embeddings)
+        none = {f"none.{name}": value.contiguous() for name, value in condition.none.items()}
+        save_file({**{k: v.contiguous() for k, v in condition.values.items()}, **none}, tmp_path / "texts.safetensors")
+    exact = perfect(family, FLOW if family in tiny.FLOW else DIFFUSION)
+    monkeypatch.setattr(
+        DiffusersNetwork, "forward", lambda self, x, tau, label=None, added=None: exact(x, tau)[0][:, : x.shape[1]]
+    )
+    found = json.loads(succeed("teacher", "inspect", "teacher", "--json").stdout)["convention"]
+    assert "is read right" in succeed("teacher", "check", file).stderr
+    wrong = [{"noise_at": 1 - found["noise_at"]}]
+    if found["prediction"] == "velocity":
+        turned = {"velocity_to": "data" if found["velocity_to"] == "noise" else "noise"}
+        wrong += [turned, {**turned, **wrong[0]}]
+        if found["time_scale"] == 1000:  # to this perfect network 1/1000 of the clock is hardly any time
+            wrong.append({"time_scale": 1.0})
+    for change in wrong:
+        result = cli("teacher", "check", file, f"teacher.convention={json.dumps({**found, **change})}")
+        assert result.exit_code == 4, change
+        for field in change:
+            right = found[field] if isinstance(found[field], str) else f"{found[field]:g}"
+            assert f"{field}: {right}" in result.stderr, change
