@@ -450,13 +450,13 @@ def test_the_printed_line_goes_on(trained: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("method", "number", "after", "overrides"),
     [
-        ("meanflow", signal.SIGTERM, 20, ("train.steps=400",)),
-        # Stages of 100, 300 and 300 steps: inside the second.
+        ("meanflow", signal.SIGTERM, 20, ("train.steps=200",)),
+        # Stages of 60, 180 and 180 steps: inside the second.
         (
             "progressive",
             signal.SIGINT,
-            110,
-            ("train.steps=100", "objective.start_steps=8", "objective.last_stages_factor=3"),
+            70,
+            ("train.steps=60", "objective.start_steps=8", "objective.last_stages_factor=3"),
         ),
     ],
 )
