@@ -11,7 +11,8 @@ import torch
 from fewstep.compat import prepare_torchvision
 from fewstep.environment import describe_environment
 from fewstep.errors import EnvironmentFault
-from fewstep.evaluation.weights import INCEPTION, find_weights
+from fewstep.evaluation.encoders import ENCODERS
+from fewstep.evaluation.weights import INCEPTION, INCEPTION_FILES, WeightsFolder, cached_path, find_folder, find_weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def examine() -> list[Check]:
         _attention(),
         _processes(),
         _inception(),
+        _encoders(),
     ]
 
 
@@ -126,8 +128,31 @@ def _processes() -> Check:
 
 
 def _inception() -> Check:
+    """Which of Inception's files is there. What lies in the cache was verified when it was put there."""
+    if cached_path(INCEPTION).is_file():
+        return Check("inception weights", "ok", f"{cached_path(INCEPTION)} (converted)")
     try:
-        path = find_weights(INCEPTION)
+        path = find_weights(INCEPTION_FILES)
     except EnvironmentFault as fault:
         return Check("inception weights", "note", f"absent, so no FID; {fault}")
+    if path.suffix == ".pt":
+        return Check("inception weights", "ok", f"{path}: FID, but no Inception score and no sFID ({INCEPTION.name})")
     return Check("inception weights", "ok", str(path))
+
+
+def _encoders() -> Check:
+    """Which encoders have a local folder; their weights are read when they are asked for."""
+    found = []
+    for name, encoder in ENCODERS.items():
+        try:
+            found.append(f"{name} in {find_folder(WeightsFolder(name, encoder.repository))}")
+        except EnvironmentFault:
+            continue
+    if not found:
+        return Check("encoder weights", "note", f"absent: {', '.join(ENCODERS)} are folders in $FEWSTEP_WEIGHTS")
+    try:
+        return Check("encoder weights", "ok", f"{', '.join(found)}; transformers {version('transformers')}")
+    except PackageNotFoundError:
+        return Check(
+            "encoder weights", "note", f"{', '.join(found)}, but no transformers: pip install 'fewstep[encoders]'"
+        )

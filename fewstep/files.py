@@ -161,6 +161,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def cache_folder() -> Path:
+    """Where what was converted once is kept: ``$FEWSTEP_CACHE``, else ``fewstep`` in the user's cache."""
+    given = os.environ.get("FEWSTEP_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
+
+
 def digest(content: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

@@ -72,7 +72,10 @@ SEPARATE = {
 """Parts that do not see each other although the layers would let them."""
 
 HEAVY = {"torch", "numpy", "matplotlib", "accelerate", "safetensors", "torchvision", "torchmetrics", "cleanfid", "PIL"}
-OPTIONAL = {"torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers", "peft"}
+OPTIONAL = {
+    *("torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers", "peft"),
+    "transformers",
+}
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:

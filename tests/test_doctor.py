@@ -1,6 +1,7 @@
 """``fewstep doctor``: every check with its remedy, and the exit code 3."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import cli
@@ -45,14 +46,36 @@ def test_a_package_that_is_absent_or_broken(monkeypatch: pytest.MonkeyPatch) -> 
     assert "torchvision::nms" in check.detail
 
 
-def test_absent_weights_are_a_note_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(file: object) -> None:
+def test_absent_weights_are_a_note_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(files: object) -> None:
         raise EnvironmentFault("no weights; put a copy there")
 
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "find_weights", absent)
     check = doctor._inception()
     assert check.status == "note"
     assert "put a copy there" in check.detail
+
+
+def test_weights_that_are_there_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The TorchScript file gives features alone, and the check says so; encoders by the folders that are there."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FEWSTEP_WEIGHTS", str(tmp_path))
+    assert doctor._encoders().status == "note"
+    script, full = tmp_path / "inception-2015-12-05.pt", tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    script.write_bytes(b"")
+    check = doctor._inception()
+    assert check.status == "ok"
+    assert "no Inception score" in check.detail
+    full.write_bytes(b"")
+    assert doctor._inception().detail == str(full)
+    (tmp_path / "clip").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "clip" / name).write_text("{}")
+    check = doctor._encoders()
+    assert check.status == "ok"
+    assert str(tmp_path / "clip") in check.detail
+    assert "dinov2" not in check.detail
 
 
 @pytest.mark.parametrize(("version", "status"), [("1.17.1", "ok"), ("1.18.0", "note"), ("2.0.0", "note")])

@@ -232,6 +232,49 @@ def data_stats(
             emit_json({**found.to_json(), **({} if out is None else {"features": features, "statistics": str(out)})})
 
 
+@data_app.command("classifier")
+def data_classifier(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the classifier.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of training.")] = 600,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which images are held out, and the training.")] = 0,
+    size: Size = None,
+    channels: ChannelsOption = None,
+    skip_broken: SkipBroken = False,
+    max_images: MaxImages = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the classifier that lies at --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small classifier on labelled images: features and class accuracy for data that Inception does not know.
+
+    What it got right of the images that were held out is printed, and stored beside the weights.
+
+    Example: fewstep data classifier images/ --out classifier; then --features classifier:classifier
+    """
+    with user_errors(), _in_options():
+        from fewstep.data.load import load_data
+        from fewstep.evaluation.classifier_training import train_classifier
+        from fewstep.workflows import data_source, default_device
+
+        config = data_source(source, **_options(size, channels, skip_broken, False, max_images))
+        with meter("classifier") as shown:
+            card = train_classifier(
+                load_data(config),
+                out,
+                steps=steps,
+                batch_size=batch_size,
+                seed=seed,
+                device=default_device(),
+                overwrite=overwrite,
+                report=lambda done, total: shown.update(done, total, "steps"),
+            )
+        say(f"{card['accuracy']:.2%} of {card['held_out']} held-out images right after {card['seconds']} s -> {out}")
+        say(f"features: --features classifier:{out}")
+        if as_json:
+            emit_json({"classifier": str(out), **card})
+
+
 def _options(
     size: int | None, channels: Channels | None, skip_broken: bool, no_labels: bool, max_images: int | None
 ) -> dict[str, Any]:

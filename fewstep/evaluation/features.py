@@ -4,57 +4,53 @@ An extractor owns its resizing and scaling; its ``digest`` covers its weights an
 digests mean comparable numbers. Features are float32 in eval mode, without autocast and without TF32.
 """
 
-import hashlib
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from fewstep.compat import prepare_torchvision
 from fewstep.errors import UsageError, nearest
+from fewstep.evaluation.classifier import load_classifier
 from fewstep.evaluation.digits_classifier import FEATURE_DIM, DigitsClassifier, load_digits_classifier
-from fewstep.evaluation.weights import INCEPTION, WeightsFile, find_weights, read_verified
+from fewstep.evaluation.encoders import ENCODERS, load_encoder
+from fewstep.evaluation.extractor import (
+    Classifier,
+    Everything,
+    FeatureExtractor,
+    Fitted,
+    Spatial,
+    check_images,
+    extractor_digest,
+    full_float32,
+)
+from fewstep.evaluation.inception_features import PREPROCESSINGS, load_inception
+from fewstep.evaluation.pca import Pca
+from fewstep.evaluation.random_conv import RandomConv
+from fewstep.evaluation.user_features import load_user_features, user_features_name
 
-EXTRACTORS = ("pixels", "identity", "digits", "inception")
-INCEPTION_SIZE = 299
+__all__ = [
+    "EXTRACTORS",
+    "Classifier",
+    "Everything",
+    "FeatureExtractor",
+    "Fitted",
+    "Spatial",
+    "build_extractor",
+    "check_features",
+    "class_accuracy",
+    "extract",
+    "extract_everything",
+    "extractor_name",
+    "fitted",
+    "full_float32",
+    "load_digits",
+    "metric_name",
+]
 
-
-@runtime_checkable
-class FeatureExtractor(Protocol):
-    """Images ``[N, C, H, W]`` -> features ``[N, D]`` float32, on the extractor's device.
-
-    ``dim`` is ``D``, None where it follows the sample's shape. ``takes`` says whether images come quantised (all but
-    ``identity``, which takes the samples themselves). Row ``i`` depends on image ``i`` alone, up to rounding.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dim(self) -> int | None: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def takes(self) -> Literal["uint8", "float"]: ...
-
-    def __call__(self, images: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class Classifier(FeatureExtractor, Protocol):
-    """An extractor whose features a linear head classifies, so that conditional samples can be checked."""
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Features ``[N, D]`` -> class logits ``[N, classes]``."""
-        ...
+EXTRACTORS = ("pixels", "identity", "digits", *PREPROCESSINGS, *ENCODERS, "random_conv", "pca")
+"""Extractors that go by a name alone; ``classifier:FOLDER`` and ``callable:pkg.mod:fn`` go by an address."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,11 @@ class Pixels:
     device: torch.device
     name: str = "pixels"
     dim: int | None = None
-    digest: str = field(default_factory=lambda: _digest("pixels: u / 127.5 - 1, flattened NCHW"))
+    digest: str = field(default_factory=lambda: extractor_digest("pixels: u / 127.5 - 1, flattened NCHW"))
     takes: Literal["uint8", "float"] = "uint8"
 
     def __call__(self, images: Tensor) -> Tensor:
-        _check_images(images)
+        check_images(images)
         return images.to(self.device).flatten(1).float() / 127.5 - 1
 
 
@@ -79,7 +75,7 @@ class Identity:
     device: torch.device
     name: str = "identity"
     dim: int | None = None
-    digest: str = field(default_factory=lambda: _digest("identity: samples as float32, flattened"))
+    digest: str = field(default_factory=lambda: extractor_digest("identity: samples as float32, flattened"))
     takes: Literal["uint8", "float"] = "float"
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -100,7 +96,7 @@ class Digits:
     takes: Literal["uint8", "float"] = "uint8"
 
     def __call__(self, images: Tensor) -> Tensor:
-        _check_images(images)
+        check_images(images)
         if images.shape[1:] != (1, 8, 8):
             raise UsageError(
                 f"digits features take 1x8x8 images, got {'x'.join(map(str, images.shape[1:]))}: use pixels"
@@ -111,49 +107,36 @@ class Digits:
         return self.network.head(features)
 
 
-@dataclass(frozen=True)
-class Inception:
-    """The 2048 pooled features that FID is defined on, with the "clean" resize (Parmar et al. 2104.11222)."""
-
-    device: torch.device
-    network: nn.Module
-    digest: str
-    name: str = "inception"
-    dim: int | None = 2048
-    takes: Literal["uint8", "float"] = "uint8"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        _check_images(images)
-        if images.shape[1] not in (1, 3):
-            raise UsageError(f"inception features take grey or colour images, got {images.shape[1]} channels")
-        return self.network(resize_clean(images.to(self.device).expand(-1, 3, -1, -1), INCEPTION_SIZE)).float()
-
-
-def resize_clean(images: Tensor, size: int) -> Tensor:
-    """uint8 ``[N, C, H, W]`` to float32 ``[N, C, size, size]`` in [0, 255], not quantised again.
-
-    Bicubic with antialiasing is PIL's filter (a = -1/2) to within 0.002 grey levels. Without antialiasing torch uses
-    another cubic (a = -3/4), which is wrong even when it enlarges.
-    """
-    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return resized.clamp(0, 255)
-
-
 def build_extractor(name: str, device: torch.device | str = "cpu", weights: Path | None = None) -> FeatureExtractor:
-    """The extractor called ``name``; ``weights`` is where Inception's file lies, if not in a usual place.
+    """The extractor called ``name``; ``weights`` is where its weights lie, if not in a usual place.
 
     An unknown name is a ``UsageError``; missing or foreign weights are an ``EnvironmentFault``. Both before any work.
     """
     device = torch.device(device)
-    match name:
-        case "pixels":
+    if name in PREPROCESSINGS:
+        return load_inception(name, device, weights)
+    if name in ENCODERS:
+        return load_encoder(name, device, weights)
+    kind, _, address = name.partition(":")
+    match kind, address:
+        case "pixels", "":
             return Pixels(device)
-        case "identity":
+        case "identity", "":
             return Identity(device)
-        case "digits":
+        case "digits", "":
             return load_digits(device)
-        case "inception":
-            return load_inception(device, weights)
+        case "random_conv", "":
+            return RandomConv(device)
+        case "pca", "":
+            return Pca(device)
+        case "classifier", str():
+            if not address:
+                raise UsageError("classifier features are named with their folder, as classifier:FOLDER")
+            return load_classifier(Path(address).expanduser(), device)
+        case "callable", str():
+            if ":" not in address:
+                raise UsageError(f"callable features are named as callable:package.module:function, got '{name}'")
+            return load_user_features(address, device)
     raise UsageError(f"unknown features '{name}': {nearest(name, EXTRACTORS)}")
 
 
@@ -161,20 +144,7 @@ def load_digits(device: torch.device) -> Digits:
     network = load_digits_classifier()
     # Of the tensors, not of the file: a file's header may order its metadata differently each time it is written.
     content = b"".join(tensor.numpy().tobytes() for _, tensor in sorted(network.state_dict().items()))
-    return Digits(device, network.to(device), _digest("digits: u / 127.5 - 1", content))
-
-
-def load_inception(device: torch.device, weights: Path | None, file: WeightsFile = INCEPTION) -> Inception:
-    """clean-fid's wrapper around the verified TorchScript network, without its own resize."""
-    content = read_verified(file, find_weights(file, weights))
-    prepare_torchvision()
-    from cleanfid.inception_torchscript import InceptionV3W
-
-    with tempfile.TemporaryDirectory() as folder:  # a private copy of the very bytes that were verified
-        (Path(folder) / INCEPTION.name).write_bytes(content)
-        network = InceptionV3W(folder, download=False, resize_inside=False)
-    network = network.eval().requires_grad_(False).to(device)
-    return Inception(device, network, _digest("inception clean: bicubic antialias 299, (u - 128) / 128", content))
+    return Digits(device, network.to(device), extractor_digest("digits: u / 127.5 - 1", content))
 
 
 @torch.no_grad()
@@ -186,15 +156,52 @@ def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) 
         return torch.cat([extractor(batch) for batch in images.split(batch_size)])
 
 
+@torch.no_grad()
+def extract_everything(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) -> Everything:
+    """What ``extract`` gives, and the logits and the spatial map of an extractor that has them, from one pass."""
+    if len(images) == 0 or batch_size < 1:
+        raise ValueError(f"nothing to extract: {len(images)} images, batch size {batch_size}")
+    with full_float32():
+        parts = [_everything(extractor, batch) for batch in images.split(batch_size)]
+    return Everything(
+        torch.cat([part.features for part in parts]),
+        _joined([part.logits for part in parts]),
+        _joined([part.spatial for part in parts]),
+    )
+
+
+def _everything(extractor: FeatureExtractor, images: Tensor) -> Everything:
+    if isinstance(extractor, Spatial):
+        return extractor.everything(images)
+    features = extractor(images)
+    return Everything(features, extractor.logits(features) if isinstance(extractor, Classifier) else None, None)
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    return torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
+
+
+def fitted(extractor: FeatureExtractor, reference_features: Tensor) -> FeatureExtractor:
+    """The extractor for the reference whose features ``[N, D]`` these are, as ``extractor`` itself gave them: another
+    one where it is ``Fitted``, else the same."""
+    return extractor.fit(reference_features) if isinstance(extractor, Fitted) else extractor
+
+
+def extractor_name(features: str) -> str:
+    """What the extractor that is asked for as ``features`` is called: the kind without an address."""
+    kind, _, address = features.partition(":")
+    return user_features_name(address) if kind == "callable" else kind
+
+
 def metric_name(kind: str, extractor: str) -> str:
     """A metric's column name: bare for Inception (where ``fd`` is ``fid``, ``kd`` is ``kid``), else ``kind_extractor``.
 
-    No score on other features may appear as FID or KID, so ``kind`` is never one of these.
+    No score on other features may appear as FID or KID, so ``kind`` is never one of these, nor ``fid_debiased``.
     """
-    if kind in ("fid", "kid"):
+    if kind.split("_")[0] in ("fid", "kid"):
         raise ValueError(f"{kind} is a name, reserved for Inception features; the kinds are fd and kd")
     if extractor == "inception":
-        return {"fd": "fid", "kd": "kid"}.get(kind, kind)
+        return {"fd": "fid", "kd": "kid", "fd_debiased": "fid_debiased"}.get(kind, kind)
     return f"{kind}_{extractor}"
 
 
@@ -205,18 +212,6 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels.to(logits.device)).double().mean())
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Run with true float32 products (TF32 costs a relative error of 3e-4), then restore the caller's choice."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def check_features(*matrices: Tensor) -> None:
     """``ValueError`` unless all are finite ``[N, D]`` with one ``D`` and at least two rows."""
     for features in matrices:
@@ -225,12 +220,3 @@ def check_features(*matrices: Tensor) -> None:
             raise ValueError(f"features are [N, D] with N >= 2 and one D, got {shapes}")
         if not bool(torch.isfinite(features).all()):
             raise ValueError("features hold NaN or infinite values")
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images are uint8 [N, C, H, W] (see to_uint8), got {images.dtype} {list(images.shape)}")
-
-
-def _digest(preprocessing: str, weights: bytes = b"") -> str:
-    return hashlib.sha256(preprocessing.encode() + b"\0" + weights).hexdigest()

@@ -5,7 +5,6 @@ convention, and where all of it came from. ``teacher.path`` takes such a folder,
 cache (``FEWSTEP_CACHE``, or ``~/.cache/fewstep``) is read from there.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pydantic import TypeAdapter
 
 from fewstep.checkpoint import damage_in, read_tensors, write_tensors
 from fewstep.errors import UsageError
-from fewstep.files import read_json, write_json
+from fewstep.files import cache_folder, read_json, write_json
 from fewstep.networks.config import NetworkConfig
 from fewstep.networks.foreign.config import ForeignBlock
 from fewstep.teachers.formats.base import Found
@@ -26,9 +25,7 @@ FORMAT = 1
 
 def cache() -> Path:
     """Where conversions are kept."""
-    given = os.environ.get("FEWSTEP_CACHE")
-    home = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
-    return home / "teachers"
+    return cache_folder() / "teachers"
 
 
 def cached(digest: str, kind: str) -> Path:

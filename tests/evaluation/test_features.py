@@ -1,15 +1,12 @@
 """Feature extractors: their values, their names, independence of the batch, and the digits classifier's promise."""
 
-import hashlib
 import itertools
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 
-from fewstep.errors import EnvironmentFault, UsageError
+from fewstep.errors import UsageError
 from fewstep.evaluation.digits_classifier import WEIGHTS
 from fewstep.evaluation.features import (
     EXTRACTORS,
@@ -19,13 +16,10 @@ from fewstep.evaluation.features import (
     class_accuracy,
     extract,
     full_float32,
-    load_inception,
     metric_name,
-    resize_clean,
 )
 from fewstep.evaluation.frechet import frechet_distance, moments
 from fewstep.evaluation.quantise import to_uint8
-from fewstep.evaluation.weights import WeightsFile
 
 DIGITS_FILE = WEIGHTS.parents[1] / "data" / "digits.safetensors"
 
@@ -159,68 +153,6 @@ def test_digits_refuse_other_shapes():
         build_extractor("digits")(grey_levels(2, 3, 32, 32))
 
 
-# --- inception, with a stand-in network
-
-
-class Layers(torch.nn.Module):
-    """Pools each channel and repeats it to 2048 features, so that the input can be read off the output."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean((2, 3)).repeat(1, 683)[:, :2048, None, None]
-
-
-class Network(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return self.layers(x)
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    path = tmp_path / "renamed.pt"
-    torch.jit.script(Network()).save(str(path))
-    return WeightsFile("stand-in.pt", hashlib.sha256(path.read_bytes()).hexdigest(), "a test"), path
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_inception_scaling_and_grey_images(stand_in):
-    """A constant image of level u stays constant when resized and enters as (u - 128) / 128 in all three channels."""
-    pytest.importorskip("cleanfid")
-    file, path = stand_in
-    extractor = load_inception(torch.device("cpu"), path, file)
-    levels = torch.tensor([0, 64, 255], dtype=torch.uint8)
-    features = extract(extractor, levels[:, None, None, None].expand(3, 1, 16, 16), batch_size=2)
-    assert features.shape == (3, extractor.dim)
-    expected = ((levels.float() - 128) / 128)[:, None].expand(3, 2048)
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-    colour = extract(extractor, grey_levels(2, 3, 20, 20))
-    assert not torch.allclose(colour[:, 0], colour[:, 1])
-    with pytest.raises(UsageError, match="2 channels"):
-        extractor(grey_levels(1, 2, 8, 8))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_foreign_weights_are_never_loaded(stand_in, monkeypatch):
-    _, path = stand_in
-    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("deserialised before it was verified"))
-    with pytest.raises(EnvironmentFault, match="SHA-256"):
-        build_extractor("inception", weights=path)
-
-
-@pytest.mark.parametrize("size", [8, 32, 64, 400])
-def test_resize_against_pil(size):
-    """PIL's bicubic on float images, enlarging and reducing, clipped. Agreement to 0.01 of a grey level."""
-    images = grey_levels(1, 2, size, size)
-    resized = resize_clean(images, 299)
-    for channel in range(2):
-        plane = Image.fromarray(images[0, channel].numpy().astype(np.float32))
-        expected = np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
-        np.testing.assert_allclose(resized[0, channel].numpy(), expected, atol=0.01)
-
-
 # --- names and precision
 
 
@@ -230,6 +162,12 @@ def test_resize_against_pil(size):
         ("fd", "inception", "fid"),
         ("kd", "inception", "kid"),
         ("recall", "inception", "recall"),
+        ("fd_debiased", "inception", "fid_debiased"),
+        ("is", "inception", "is"),
+        ("sfid", "inception", "sfid"),
+        ("fd_debiased", "pixels", "fd_debiased_pixels"),
+        ("fd", "inception_tensorflow", "fd_inception_tensorflow"),
+        ("cmmd", "clip", "cmmd_clip"),
         ("fd", "pixels", "fd_pixels"),
         ("kd", "digits", "kd_digits"),
         ("recall", "pixels", "recall_pixels"),
@@ -241,8 +179,9 @@ def test_metric_names(kind, extractor, name):
 
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_no_score_is_called_fid_by_hand(extractor):
-    with pytest.raises(ValueError, match="reserved"):
-        metric_name("fid", extractor)
+    for kind in ("fid", "kid", "fid_debiased"):
+        with pytest.raises(ValueError, match="reserved"):
+            metric_name(kind, extractor)
 
 
 def test_full_float32_is_scoped():
