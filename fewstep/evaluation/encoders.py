@@ -129,18 +129,28 @@ def _load(folder: Path, name: str, encoder: Encoder) -> Any:
     prepare_torchvision()
     try:
         from transformers import CLIPVisionModelWithProjection, Dinov2Model
+        from transformers.utils import logging
     except Exception as error:  # a broken torchvision raises RuntimeError, not ImportError
         said = " ".join(str(error).split())[:160]
         raise EnvironmentFault(f"{name} needs transformers ({said}): pip install 'fewstep[encoders]'") from error
     kind = Dinov2Model if encoder.family == "dinov2" else CLIPVisionModelWithProjection
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # a list of the text tower's tensors, which nobody asked for
     try:
         declared = json.loads((folder / "config.json").read_text())
         if not str(declared.get("model_type", "")).startswith(encoder.family):
             raise ValueError(f"its config.json says {declared.get('model_type')!r}")
+        if "vision_config" in declared:  # of a whole CLIP, which says the width of both embeddings once
+            declared = {**declared["vision_config"], "projection_dim": declared["projection_dim"]}
+        config = kind.config_class.from_dict(declared)
         network, found = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
-        config = network.config
         width = config.hidden_size if encoder.family == "dinov2" else config.projection_dim
         if (width, config.patch_size) != (encoder.dim, encoder.patch):
             raise ValueError(f"it has {width} features and patches of {config.patch_size}")
@@ -154,4 +164,6 @@ def _load(folder: Path, name: str, encoder: Encoder) -> Any:
             f"{folder} is not {name}, a copy of {encoder.repository} with {encoder.dim} features: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
+    finally:
+        logging.set_verbosity(before)
     return network

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.evaluation.extractor import Everything, as_colour, extractor_digest, tensors_digest
+from fewstep.evaluation.extractor import Everything, as_colour, extractor_digest
 from fewstep.evaluation.inception import FEATURES, SIZE, InceptionNetwork, inception_network
-from fewstep.evaluation.weights import INCEPTION_FILES, WeightsFile, find_tensors
+from fewstep.evaluation.weights import INCEPTION_FILES, WeightsFile, load_weights
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,10 @@ def load_inception(
 ) -> Inception | TorchScriptInception:
     """The extractor of one of ``PREPROCESSINGS``, from the first of ``files`` that this machine has."""
     preprocessing = PREPROCESSINGS[name]
-    file, found = find_tensors(files, weights)
-    if isinstance(found, bytes):
-        script = torch.jit.load(io.BytesIO(found), map_location=device).eval()
-        digest = extractor_digest(preprocessing.text, found)
-        return TorchScriptInception(device, script, preprocessing, name, digest, file.name)
-    network = inception_network(found)
-    digest = extractor_digest(preprocessing.text, tensors_digest(found).encode())
-    return Inception(device, network.to(device), preprocessing, name, digest, file.name)
+    found = load_weights(files, weights)
+    digest = extractor_digest(preprocessing.text, found.digest.encode())
+    if isinstance(found.content, bytes):
+        script = torch.jit.load(io.BytesIO(found.content), map_location=device).eval()
+        return TorchScriptInception(device, script, preprocessing, name, digest, found.file.name)
+    network = inception_network(found.content).to(device)
+    return Inception(device, network, preprocessing, name, digest, found.file.name)

@@ -99,26 +99,37 @@ def read_verified(files: Sequence[WeightsFile], path: Path) -> tuple[WeightsFile
     )
 
 
-def find_tensors(
-    files: Sequence[WeightsFile], explicit: Path | None = None
-) -> tuple[WeightsFile, dict[str, Tensor] | bytes]:
-    """The first of ``files`` that this machine has: a state dict as its tensors, TorchScript as its verified bytes.
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds: a state dict, or TorchScript as its verified bytes. ``digest`` is SHA-256 over the tensors, or
+    over the bytes."""
+
+    file: WeightsFile
+    content: dict[str, Tensor] | bytes
+    digest: str
+
+
+def load_weights(files: Sequence[WeightsFile], explicit: Path | None = None) -> Weights:
+    """The first of ``files`` that this machine has.
 
     A conversion in the cache serves like the file that it came from, except where a file is named, with ``explicit``
     or by ``$FEWSTEP_WEIGHTS``.
     """
-    named = [place for place in places(explicit)[:1] if place.is_file()]
-    if explicit is None and not named:
+    named = explicit is not None or places()[0].is_file()
+    if not named:
         for file in files:
             kept = _cached(file)
             if kept is not None:
-                return file, kept
+                return kept
     file, content = read_verified(files, find_weights(files, explicit))
     if not file.name.endswith(".pth"):
-        return file, content
+        return Weights(file, content, file.sha256)
     tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    _keep(file, tensors)
-    return file, tensors
+    found = Weights(file, tensors, tensors_digest(tensors))
+    if not named:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, nothing else
+            write_tensors(cached_path(file), tensors, {"source": file.sha256, "tensors": found.digest})
+    return found
 
 
 def cached_path(file: WeightsFile) -> Path:
@@ -126,14 +137,7 @@ def cached_path(file: WeightsFile) -> Path:
     return cache_folder() / "weights" / f"{Path(file.name).stem}.safetensors"
 
 
-def _keep(file: WeightsFile, tensors: dict[str, Tensor]) -> None:
-    """Keep tensors in the cache. One that cannot be written costs time the next time and nothing else."""
-    facts = {"source": file.sha256, "tensors": tensors_digest(tensors)}
-    with contextlib.suppress(OSError):
-        write_tensors(cached_path(file), tensors, facts)
-
-
-def _cached(file: WeightsFile) -> dict[str, Tensor] | None:
+def _cached(file: WeightsFile) -> Weights | None:
     """The tensors of a file's conversion; None where there is none or not that one any more."""
     try:
         with safe_open(cached_path(file), framework="pt") as kept:
@@ -143,7 +147,8 @@ def _cached(file: WeightsFile) -> dict[str, Tensor] | None:
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    return tensors if tensors_digest(tensors) == facts.get("tensors") else None
+    digest = tensors_digest(tensors)
+    return Weights(file, tensors, digest) if digest == facts.get("tensors") else None
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from fewstep.errors import EnvironmentFault
+from fewstep.evaluation.extractor import tensors_digest
 from fewstep.evaluation.weights import (
     INCEPTION,
     INCEPTION_FILES,
     INCEPTION_TORCHSCRIPT,
+    Weights,
     WeightsFile,
     WeightsFolder,
     cached_path,
     find_folder,
-    find_tensors,
     find_weights,
+    load_weights,
     read_verified,
 )
 
@@ -131,17 +133,17 @@ def test_the_cache_serves_unless_a_file_is_named(places, tmp_path, monkeypatch):
     torch.save(tensors, variable / "state.pth")
     file = WeightsFile("state.pth", hashlib.sha256((variable / "state.pth").read_bytes()).hexdigest(), "a test")
     assert not cached_path(file).exists()
-    assert find_tensors((file,))[1]["a"].tolist() == [0, 1, 2]
+    assert load_weights((file,)).content["a"].tolist() == [0, 1, 2]
     (variable / "state.pth").unlink()
-    which, found = find_tensors((FILE, file))
-    assert which is file
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [0, 1, 2], "n": 5}
+    again = load_weights((FILE, file))
+    assert again.file is file
+    assert {name: tensor.tolist() for name, tensor in again.content.items()} == {"a": [0, 1, 2], "n": 5}
     with pytest.raises(EnvironmentFault, match=r"no state\.pth"):
-        find_tensors((file,), variable)
+        load_weights((file,), variable)
     named = hub / "named.pt"
     named.write_bytes(CONTENT)
     monkeypatch.setenv("FEWSTEP_WEIGHTS", str(named))
-    assert find_tensors((FILE, file)) == (FILE, CONTENT)
+    assert load_weights((FILE, file)) == Weights(FILE, CONTENT, FILE.sha256)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(places, tmp_path, monkeypatch):
@@ -150,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(places, tmp_path, monkeypatc
     file = WeightsFile("state.pth", hashlib.sha256((variable / "state.pth").read_bytes()).hexdigest(), "a test")
     (tmp_path / "taken").write_text("a file where the folder should be")
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "taken"))
-    assert find_tensors((file,))[1]["a"].tolist() == [1]
+    assert load_weights((file,)).content["a"].tolist() == [1]
 
 
 def test_a_pickle_that_runs_code_is_refused(places):
@@ -159,7 +161,7 @@ def test_a_pickle_that_runs_code_is_refused(places):
     torch.save({"a": Runs()}, variable / "state.pth")
     file = WeightsFile("state.pth", hashlib.sha256((variable / "state.pth").read_bytes()).hexdigest(), "a test")
     with pytest.raises(pickle.UnpicklingError):
-        find_tensors((file,))
+        load_weights((file,))
 
 
 class Runs:
@@ -195,3 +197,19 @@ def test_inception_is_pinned():
     ]
     assert INCEPTION.sha256.startswith("6726825d")  # as its name says
     assert all(len(bytes.fromhex(file.sha256)) == 32 for file in INCEPTION_FILES)
+
+
+def test_digests_of_tensors_see_names_shapes_types_and_values():
+    base = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(5)}
+    others = (
+        {"b": base["a"], "n": base["n"]},
+        {**base, "a": base["a"].reshape(3, 2)},
+        {**base, "a": base["a"].view(torch.int32)},
+        {**base, "n": torch.tensor(6)},
+        {"a": base["a"]},
+    )
+    digests = {tensors_digest(each) for each in (base, *others)}
+    assert len(digests) == 6
+    assert tensors_digest(dict(reversed(base.items()))) == tensors_digest(base)  # the order of a file is its own
+    strided = torch.stack((base["a"], base["a"]), 2)[..., 0]
+    assert tensors_digest({**base, "a": strided}) == tensors_digest(base)
