@@ -91,6 +91,7 @@ def load_encoder(
     encoder = encoders[name]
     folder = find_folder(WeightsFolder(name, encoder.repository), weights)
     network = _load(folder, name, encoder)
+    weights_digest = tensors_digest(network.state_dict())  # as stored: what is resampled depends on the machine
     if encoder.family == "dinov2":
         resample_positions(network, encoder.size // encoder.patch)
     network = network.eval().requires_grad_(False)
@@ -103,7 +104,7 @@ def load_encoder(
         "resize": f"bicubic antialias {encoder.size}, unclipped",
         "normalisation": _normalisation(encoder),
     }
-    digest = extractor_digest(json.dumps(facts), tensors_digest(network.state_dict()).encode())
+    digest = extractor_digest(json.dumps(facts), weights_digest.encode())
     return Encoded(device, network.to(device), encoder, name, digest)
 
 
