@@ -1,7 +1,6 @@
 """The command line: parse, one call, render. No mathematics, and no heavy import at module level."""
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -15,6 +14,7 @@ from fewstep import __version__
 from fewstep.commands.bench import bench_app
 from fewstep.commands.compare import compare, demo
 from fewstep.commands.data import data_app
+from fewstep.commands.evaluate import evaluate, guidance_of
 from fewstep.commands.shared import (
     AsJson,
     Config,
@@ -30,13 +30,12 @@ from fewstep.commands.shared import (
     Seed,
     SolverOption,
     WindowOption,
-    show_row,
     show_training,
     user_errors,
 )
 from fewstep.commands.teacher import teacher_app
-from fewstep.console import emit_json, meter, say, stderr
-from fewstep.errors import FewstepError, GateFailed, UsageError
+from fewstep.console import emit_json, say
+from fewstep.errors import FewstepError, UsageError
 from fewstep.launch import (
     is_main_process,
     launch_lines,
@@ -247,7 +246,7 @@ def sample(
     Example: fewstep sample runs/digits-meanflow --steps 2 --n 100
     """
     with user_errors():
-        chosen = _guidance(guidance, window)
+        chosen = guidance_of(guidance, window)
         from fewstep.checkpoint import write_tensors
         from fewstep.evaluation.quantise import to_uint8
         from fewstep.evaluation.strips import samples_grid
@@ -298,104 +297,11 @@ def average(
             emit_json({"run": str(out), "name": name})
 
 
-@app.command()
-def evaluate(
-    run: RunPath,
-    steps: Annotated[
-        str | None, typer.Option("--steps", help="Step counts, for example 1,2,4 (default: config).")
-    ] = None,
-    n: Annotated[int | None, typer.Option("--n", min=2, help="Samples per row (default: config).")] = None,
-    features: Annotated[str | None, typer.Option("--features", help="Extractors, for example pixels,digits.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of noise and labels, shared by all rows.")] = 0,
-    solver: SolverOption = None,
-    guidance: GuidanceOption = None,
-    window: WindowOption = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sampling batch.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")
-    ] = None,
-    max_fd: Annotated[
-        float | None,
-        typer.Option("--max-fd", help="Exit 4 if the leading Fréchet distance of any row of RUN exceeds this."),
-    ] = None,
-    min_recall: Annotated[
-        float | None, typer.Option("--min-recall", help="Exit 4 if the leading recall of any row of RUN is below this.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a run against step counts -> RUN/results.json.
-
-    The teacher is measured beside a student, on the same seeds.
-
-    Example: fewstep evaluate runs/digits-meanflow --steps 1,2,4
-    """
-    with user_errors():
-        counts = _step_counts(steps)
-        chosen = _guidance(guidance, window)
-        for option, bound in (("--max-fd", max_fd), ("--min-recall", min_recall)):
-            if bound is not None and not math.isfinite(bound):
-                raise UsageError(f"{option} takes a finite number, got {bound}")
-        from fewstep.config import read_config
-        from fewstep.evaluation.config import EvaluateConfig
-        from fewstep.evaluation.features import metric_name
-        from fewstep.evaluation.report.tables import console_table
-        from fewstep.workflows import evaluate_runs, write_results
-
-        given = {
-            "n": n,
-            "features": tuple(features.split(",")) if features else None,
-            "solver": _name(solver),
-            "batch_size": batch_size,
-        }
-        settings = read_config(run).evaluate.model_dump() | {key: value for key, value in given.items() if value}
-        with meter(f"evaluate {run.name}") as shown:
-            results = evaluate_runs(
-                [run],
-                settings=EvaluateConfig.model_validate(settings),
-                steps=counts,
-                seed=seed,
-                weights=weights,
-                guidance=chosen,
-                report=show_row(shown),
-            )
-        write_results(run / "results.json", results)
-        stderr().print(console_table(results))
-        if as_json:
-            emit_json(results.to_json())
-        extractor = settings["features"][0]
-        name = read_config(run).name
-        own = [row for row in results.rows if row.model == name]
-        for row in own:
-            fd = row.metrics[metric_name("fd", extractor)].value
-            recall = row.metrics[metric_name("recall", extractor)].value
-            if max_fd is not None and not fd <= max_fd:  # a NaN fails the gate
-                raise GateFailed(f"{metric_name('fd', extractor)} at {row.steps} steps is {fd:.4g}, above {max_fd:g}")
-            if min_recall is not None and not recall >= min_recall:
-                raise GateFailed(
-                    f"{metric_name('recall', extractor)} at {row.steps} steps is {recall:.4g}, below {min_recall:g}"
-                )
+app.command()(evaluate)
 
 
 def _name(solver: Any) -> Any:
     return None if solver is None else solver.value
-
-
-def _guidance(scale: float | None, window: str | None) -> Any:
-    """``--guidance`` and ``--window`` as a ``GuidanceInput``, None where neither was given."""
-    if scale is None:
-        if window is not None:
-            raise UsageError("--window says when --guidance acts: give that too")
-        return None
-    try:
-        low, high = (float(part) for part in ("0,1" if window is None else window).split(","))
-    except ValueError:
-        raise UsageError(f"--window takes two times separated by a comma, got '{window}'") from None
-    from fewstep.students.maps import GuidanceInput
-
-    try:
-        return GuidanceInput(scale, low, high)
-    except ValueError as error:
-        raise UsageError(f"--guidance, --window: {error}") from None
 
 
 def _said(guidance: Any) -> list[str]:
@@ -405,18 +311,6 @@ def _said(guidance: Any) -> list[str]:
     whole = (guidance.low, guidance.high) == (0, 1)
     window = [] if whole else [f"window-{guidance.low:g}-{guidance.high:g}"]
     return [f"guidance-{guidance.scale:g}", *window]
-
-
-def _step_counts(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"--steps takes whole numbers separated by commas, got '{text}'") from None
-    if min(counts) < 1:
-        raise UsageError(f"--steps takes numbers from 1, got '{text}'")
-    return counts
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The commands as functions: what ``cli`` calls, and what a script may call instead."""
 
 import datetime
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,19 +30,33 @@ from fewstep.distill.train import make_accelerator
 from fewstep.encode import prepare_latents
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError, nearest
+from fewstep.evaluation.bank import Bank
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import FeatureExtractor, build_extractor
-from fewstep.evaluation.reference import check_takes, feature_moments, write_statistics
+from fewstep.evaluation.imported import read_samples
+from fewstep.evaluation.protocol import K_PRECISION_RECALL
+from fewstep.evaluation.quantise import to_uint8
+from fewstep.evaluation.reference import (
+    ReferenceFeatures,
+    check_takes,
+    feature_moments,
+    reference_features,
+    write_statistics,
+)
+from fewstep.evaluation.references import known_references
+from fewstep.evaluation.refstats import SUFFIX, write_refstats
 from fewstep.evaluation.results import Model, Report
-from fewstep.evaluation.sweep import K_PRECISION_RECALL, Candidate, Seen, draw, sweep, unseen
-from fewstep.files import check_folder, read_json, write_atomic, write_json
+from fewstep.evaluation.share import Share as EvaluationShare
+from fewstep.evaluation.sweep import Candidate, Seen, draw, sweep, sweep_images, unseen
+from fewstep.files import check_folder, digest, read_json, write_atomic, write_json
+from fewstep.launch import launched
 from fewstep.sampling import FieldSampler, OdeSampler, Solver
 from fewstep.sources import SOURCES
 from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes_guidance, with_guidance
 from fewstep.students.maps import GuidanceInput
 from fewstep.students.model_card import model_readme
 from fewstep.teachers.check import TeacherCheck, check_teacher
-from fewstep.teachers.config import CheckpointTeacher, RunTeacher, TeacherConfig
+from fewstep.teachers.config import CheckpointTeacher, RunTeacher
 from fewstep.teachers.convert import write_converted
 from fewstep.teachers.foreign import read_checkpoint
 from fewstep.teachers.formats.table import FORMATS
@@ -152,32 +167,45 @@ def evaluate_runs(
     steps: tuple[int, ...] | None = None,
     seed: int = 0,
     weights: Path | None = None,
-    guidance: GuidanceInput | None = None,
+    guidance: Sequence[GuidanceInput] = (),
+    emas: Sequence[str] = (),
     served_only: bool = False,
+    keep: Path | None = None,
+    fresh: bool = False,
     report: Seen = unseen,
 ) -> Report:
     """Sweep finished runs that share a data set, with the teacher of the first student among them as anchor.
 
     ``settings`` defaults to the ``evaluate`` block of the first run; ``steps`` overrides the step counts of all
-    students. ``guidance`` is that of every model, which has to take it; a teacher with classes beside a student that
-    takes it is guided as the student is. With ``served_only`` every student is measured at those of ``settings.steps``
-    that it serves, of which there has to be one, instead of at the steps of its own config.
+    students. Every model is measured at each scale of ``guidance``, which it has to take; a teacher with classes beside
+    a student that takes it is guided as the student is. ``emas`` are tracked averages of the first run's weights that
+    are measured in the place of the exported ones (``all``: each of them). With ``served_only`` every student is
+    measured at those of ``settings.steps`` that it serves, of which there has to be one, instead of at the steps of its
+    own config.
+
+    Finished rows are kept in ``keep`` and found there again, unless ``fresh``. Where several processes were launched,
+    each draws its share of the samples, and all of them return the report.
     """
-    device = default_device()
+    share, device = evaluation_share()
     configs = [read_config(run) for run in runs]
-    models = [load_model(run, device) for run in runs]
-    if guidance is not None:
-        models = [with_guidance(model, guidance) for model in models]
     data_config = configs[0].data
     for run, config in zip(runs, configs, strict=True):
         if config.data != data_config:
             raise UsageError(f"{run} was trained on other data than {runs[0]}: their rows would not compare")
-    data = load_data(data_config)
     settings = settings or configs[0].evaluate
-    extractors = ready_extractors(settings, data, device, weights)
+    if settings.n < share.world:
+        raise UsageError(f"{settings.n} samples are too few for {share.world} processes")
+    swept: list[_Swept] = []
+    for place, (run, config) in enumerate(zip(runs, configs, strict=True)):
+        loaded = [load_model(run, device)] if place or not emas else []
+        for ema in tracked_names(config, emas) if not place else ():
+            loaded.append(load_average(run, ema, device))
+        swept += [_Swept(config, model, given) for model in loaded for given in guidance or (None,)]
+    data, extractors, known = _measured_against(settings, data_config, swept[0].model, configs[0], device, weights)
 
     candidates, facts = [], []
-    for config, model in zip(configs, models, strict=True):
+    for each in swept:
+        config, model = each.config, each.guided()
         own = steps or config.evaluate.steps
         if model.role == "teacher":
             model = _with_solver(model, settings.solver)
@@ -185,25 +213,144 @@ def evaluate_runs(
         elif served_only:
             own = served_steps(model, settings.steps)
         _check_steps(model, own)
-        candidates.append(_candidate(model, own))
+        candidates.append(_candidate(model, own, each.ema))
         facts.append(_facts(model))
     if not any(candidate.role == "teacher" for candidate in candidates):
         config, model = next(
-            (config, model)
-            for config, model in zip(configs, models, strict=True)
-            if config.teacher is not None or config is configs[-1]
+            (each.config, each.model)
+            for each in swept
+            if each.config.teacher is not None or each.config is swept[-1].config
         )
         if config.teacher is not None and settings.teacher_steps:
-            candidate, teacher = _beside(model, config.teacher, data_config, data, device, settings, guidance)
-            candidates.append(candidate)
+            teacher = load_teacher(config.teacher, data_config, data, device)
+            for candidate in _beside(model, teacher, settings, guidance):
+                candidates.append(candidate)
             facts.append(_teacher_facts(teacher, config))
 
-    names = [candidate.name for candidate in candidates]
+    names = [(candidate.name, candidate.ema, candidate.guidance, candidate.sampler.name) for candidate in candidates]
     if len(set(names)) < len(names):
-        raise UsageError(f"two of these models have the same name ({', '.join(names)}): rename one with name=...")
-    rows, reference = sweep(candidates, data, extractors, settings, seed=seed, device=device, report=report)
+        listed = ", ".join(dict.fromkeys(name for name, *_ in names))
+        raise UsageError(f"two of these models have the same name ({listed}): rename one with name=...")
+    environment = describe_environment()
+    bank = Bank(keep, fresh, {key: value for key, value in environment.items() if key != "threads"})
+    rows, reference = sweep(
+        candidates,
+        data,
+        extractors,
+        settings,
+        seed=seed,
+        device=device,
+        report=report,
+        share=share,
+        bank=bank,
+        known=known,
+    )
+    environment["date"] = datetime.date.today().isoformat()
+    if share.world > 1:
+        environment["processes"] = share.world
+    return Report(tuple(rows), tuple({model.name: model for model in facts}.values()), reference, environment)
+
+
+@dataclass(frozen=True)
+class _Swept:
+    """A model of a run under one guidance; None as it is."""
+
+    config: RunConfig
+    model: LoadedModel
+    guidance: GuidanceInput | None
+
+    @property
+    def ema(self) -> str | None:
+        """The average of its weights, where it is not the one that was exported."""
+        return self.model.card.get("evaluated_ema")
+
+    def guided(self) -> LoadedModel:
+        return self.model if self.guidance is None else with_guidance(self.model, self.guidance)
+
+
+def evaluation_share() -> tuple[EvaluationShare, torch.device]:
+    """This process's place among those that were launched, and its device."""
+    if not launched():
+        return EvaluationShare(), default_device()
+    accelerator = make_accelerator()
+    return EvaluationShare(accelerator.process_index, accelerator.num_processes), accelerator.device
+
+
+def tracked_names(config: RunConfig, asked: Sequence[str]) -> list[str]:
+    """The averages that are asked for, each once; ``all`` are those of the run. Others are a ``UsageError``."""
+    names = [average.name for average in config.train.ema]
+    unknown = next((name for name in asked if name not in (*names, "all")), None)
+    if unknown is not None:
+        raise UsageError(f"{config.name} has no average '{unknown}'; {nearest(unknown, names)}")
+    return list(dict.fromkeys(name for ask in asked for name in (names if ask == "all" else [ask])))
+
+
+def load_average(run: Path, ema: str, device: torch.device) -> LoadedModel:
+    """A finished run's model with the weights of another tracked average, under its own name."""
+    with tempfile.TemporaryDirectory() as folder:
+        average_run(run, Path(folder) / "average", ema=ema, relative_std=None, step=None)
+        model = load_model(Path(folder) / "average", device)
+    return replace(model, name=read_config(run).name, card={**model.card, "evaluated_ema": ema})
+
+
+def _measured_against(
+    settings: EvaluateConfig,
+    data_config: DataConfig,
+    model: LoadedModel,
+    config: RunConfig,
+    device: torch.device,
+    weights: Path | None,
+) -> tuple[Dataset, list[FeatureExtractor], list[ReferenceFeatures]]:
+    """Data, extractors, and the references that lie in files: where all of them do, the data need not be there."""
+    if not settings.reference:
+        data = load_data(data_config)
+        return data, ready_extractors(settings, data, device, weights), []
+    like = _like_its_data(model.card, config)
+    extractors = ready_extractors(settings, like, device, weights)
+    known = known_references([expanded(path) for path in settings.reference], extractors, like.shape, device)
+    return (like if len(known) == len(extractors) else load_data(data_config)), extractors, known
+
+
+def evaluate_images(
+    path: Path,
+    data_config: DataConfig,
+    *,
+    name: str,
+    settings: EvaluateConfig,
+    steps: int = 0,
+    nfe: int = 0,
+    limit: int | None = None,
+    weights: Path | None = None,
+) -> Report:
+    """Measure images of a folder (or archive) or of an ``.npz`` batch against the reference of a data set.
+
+    ``steps`` and ``nfe`` say how they were made, where that is known. ``limit`` takes the first ones. Images of another
+    size or number of channels than the data's are a ``UsageError``: how to resize them is not for a measurement to say.
+    """
+    device = default_device()
+    data = load_data(data_config)
+    if data.kind != "image":
+        raise UsageError(f"{data.name} has {data.kind}, and {path} is measured as images")
+    if path.suffix == ".npz":
+        images = read_samples(path)
+    else:
+        samples = load_data(data_source(str(path), labels=False))
+        if samples.kind != "image":
+            raise UsageError(f"{path} holds {samples.kind}, no images")
+        images = torch.cat([to_uint8(samples.samples(rows)) for rows in torch.arange(len(samples.x)).split(4096)])
+    if tuple(images.shape[1:]) != data.shape:
+        sizes = ["x".join(map(str, shape)) for shape in (images.shape[1:], data.shape)]
+        raise UsageError(f"{path} has images of {sizes[0]}, and those of {data.name} are {sizes[1]}")
+    images = images[:limit].contiguous()
+    settings = settings.model_copy(update={"n": len(images)})
+    extractors = ready_extractors(settings, data, device, weights)
+    known = known_references([expanded(each) for each in settings.reference], extractors, data.shape, device)
+    row, reference = sweep_images(images.to(device), data, extractors, settings, device=device, known=known)
+    content = digest(images.numpy().tobytes())
+    row = replace(row, model=name, objective="images", sampler="files", steps=steps, nfe=nfe, digest=content)
+    facts = Model(name, "student", "images", 0, 0, 0, 0.0)
     environment = {**describe_environment(), "date": datetime.date.today().isoformat()}
-    return Report(tuple(rows), tuple(facts), reference, environment)
+    return Report((row,), (facts,), reference, environment)
 
 
 def ready_extractors(
@@ -244,7 +391,7 @@ def served_steps(model: LoadedModel, steps: Sequence[int]) -> tuple[int, ...]:
     return tuple(served)
 
 
-def _candidate(model: LoadedModel, steps: tuple[int, ...]) -> Candidate:
+def _candidate(model: LoadedModel, steps: tuple[int, ...], ema: str | None) -> Candidate:
     return Candidate(
         name=model.name,
         role="teacher" if model.role == "teacher" else "student",
@@ -254,6 +401,7 @@ def _candidate(model: LoadedModel, steps: tuple[int, ...]) -> Candidate:
         guidance=model.guidance,
         digest=model.digest,
         params=model.params,
+        ema=ema,
     )
 
 
@@ -267,24 +415,18 @@ def _with_solver(model: LoadedModel, solver: Solver) -> LoadedModel:
 
 
 def _beside(
-    model: LoadedModel,
-    config: TeacherConfig,
-    data_config: DataConfig,
-    data: Dataset,
-    device: torch.device,
-    settings: EvaluateConfig,
-    guidance: GuidanceInput | None,
-) -> tuple[Candidate, Teacher]:
+    model: LoadedModel, teacher: Teacher, settings: EvaluateConfig, guidance: Sequence[GuidanceInput]
+) -> list[Candidate]:
     """The teacher of a student; guided as the student is, where guidance is an input of the one and the other has
     something to be guided by."""
-    steps, solver = settings.teacher_steps, settings.solver
-    teacher = load_teacher(config, data_config, data, device)
-    beside = _teacher_candidate(teacher, steps, solver)
+    beside = _teacher_candidate(teacher, settings.teacher_steps, settings.solver)
     if teacher.contrast is None or not takes_guidance(model.card):
-        return beside, teacher
-    given = guidance or GuidanceInput(1.0)
-    sampler = guided_sampler(_teacher_sampler(teacher, solver), teacher.contrast, given)
-    return replace(beside, sampler=sampler, guidance=given.scale), teacher
+        return [beside]
+    sampler = _teacher_sampler(teacher, settings.solver)
+    return [
+        replace(beside, sampler=guided_sampler(sampler, teacher.contrast, given), guidance=given.scale)
+        for given in guidance or (GuidanceInput(1.0),)
+    ]
 
 
 def _teacher_sampler(teacher: Teacher, solver: Solver) -> OdeSampler:
@@ -461,9 +603,16 @@ def data_statistics(
     if features is None or out is None:
         return inspect(config, report)
     check_folder(out.absolute().parent)
-    extractor = build_extractor(features, default_device(), weights)
+    device = default_device()
+    extractor = build_extractor(features, device, weights)
     found = inspect(config)
-    measured = feature_moments(extractor, load_data(config), default_device(), report)
+    if out.name.endswith(SUFFIX):
+        data = load_data(config)
+        check_takes(extractor, data)
+        reference = reference_features(extractor, data, device)
+        write_refstats(out, reference, dataset=data.name, dataset_digest=found.digest, kind=data.kind)
+        return found
+    measured = feature_moments(extractor, load_data(config), device, report)
     facts = {"features": extractor.name, "extractor_digest": extractor.digest}
     write_statistics(out, measured, {**facts, "dataset": found.name, "dataset_digest": found.digest})
     return found

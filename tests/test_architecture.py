@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "times",
         "sources",
         "environment",
+        "inert",
         "interrupts",
         "launch",
         "console",
@@ -164,12 +165,15 @@ LIGHT = [
         "fewstep.commands.bench_loader",
         "fewstep.commands.compare",
         "fewstep.commands.data",
+        "fewstep.commands.evaluate",
         "fewstep.block",
         "fewstep.errors",
         "fewstep.console",
         "fewstep.launch",
         "fewstep.interrupts",
     ),
+    "fewstep.evaluation.gates",
+    "fewstep.evaluation.protocol",
     "fewstep.evaluation.results",
 ]
 

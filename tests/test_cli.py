@@ -22,8 +22,9 @@ from conftest import SMALL, cli, contents, process_environment, refuse, succeed
 from safetensors.torch import load_file
 
 from fewstep.config import comparison_names, recipe_names
+from fewstep.evaluation.bank import Finished
 from fewstep.evaluation.quantise import to_uint8
-from fewstep.evaluation.results import SCHEMA, Measured, Row
+from fewstep.evaluation.results import SCHEMA, Measured
 from fewstep.flow import uniform_grid
 from fewstep.keys import Key
 from fewstep.sampling import sample_ode
@@ -299,9 +300,9 @@ def test_a_quality_gate_is_exit_code_4_after_the_results_are_written(copied: Cop
 
 
 def test_a_gate_fails_on_a_number_that_is_none(copied: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fewstep.evaluation.sweep
+    import fewstep.evaluation.metrics
 
-    monkeypatch.setattr(fewstep.evaluation.sweep, "frechet_distance", lambda *moments: float("nan"))
+    monkeypatch.setattr(fewstep.evaluation.metrics, "frechet_distance", lambda *moments: float("nan"))
     measure = ("evaluate", copied("meanflow"), "--steps", "1", "--features", "pixels")
     assert cli(*measure, "--max-fd", "1e9").exit_code == 4
 
@@ -311,10 +312,11 @@ def test_the_gate_is_the_run_s_and_not_its_teacher_s(copied: Copy, monkeypatch: 
 
     measure = fewstep.evaluation.sweep.measure
 
-    def bad_teacher(*arguments: Any, **settings: Any) -> Row:
-        row = measure(*arguments, **settings)
-        value = 1e9 if row.role == "teacher" else 1.0
-        return dataclasses.replace(row, metrics={**row.metrics, "fd_pixels": Measured(value)})
+    def bad_teacher(*arguments: Any, **settings: Any) -> Finished:
+        finished = measure(*arguments, **settings)
+        value = 1e9 if finished.row.role == "teacher" else 1.0
+        metrics = {**finished.row.metrics, "fd_pixels": Measured(value)}
+        return Finished(dataclasses.replace(finished.row, metrics=metrics))
 
     monkeypatch.setattr(fewstep.evaluation.sweep, "measure", bad_teacher)
     command = ("evaluate", copied("meanflow"), "--steps", "1", "--features", "pixels", "--max-fd")

@@ -1,8 +1,8 @@
 """Config of an evaluation. Imports no torch."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fewstep.block import Block, SolverName
 
@@ -12,7 +12,8 @@ StepCount = Annotated[int, Field(ge=1)]
 class EvaluateConfig(Block):
     """Step counts of the model and of its teacher, sample count, feature extractors (the first leads the report).
 
-    ``solver`` takes the steps of teachers; students have their own rule.
+    ``solver`` takes the steps of teachers; students have their own rule. ``reference`` names files of statistics that
+    take the place of the data: ours (``*.refstats.safetensors``), or ``.npz`` and ``.pkl`` of other projects.
     """
 
     steps: tuple[StepCount, ...] = Field((1, 2, 4, 8), min_length=1)
@@ -21,3 +22,9 @@ class EvaluateConfig(Block):
     n: int = Field(10_000, ge=2)
     features: tuple[str, ...] = Field(("pixels",), min_length=1)
     batch_size: int = Field(1000, ge=1)
+    reference: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _one_path(cls, reference: Any) -> Any:
+        return (reference,) if isinstance(reference, str) else reference

@@ -3,8 +3,8 @@
 A metric's name carries its extractor (``fd_pixels``, ``recall_digits``); the bare names ``fid``, ``kid``,
 ``precision``, ``recall``, ``density``, ``coverage`` mean Inception features and nothing else.
 
-Schema 1 has grown ``sd`` and ``seeds``, which are left out where one training was measured: older files still load, and
-versions that know neither read every file but those with a spread.
+Schema 1 has grown keys, which are left out where they say nothing: older files still load, and older versions read
+every file that needs none of them.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.errors import UsageError
+from fewstep.evaluation.protocol import check_same_count, check_same_reference
 
 SCHEMA = 1
 
@@ -37,10 +38,18 @@ class Measured:
 class Row:
     """One measured point: a model sampled with a number of steps.
 
-    ``steps`` are solver steps, ``nfe`` network evaluations per sample as counted by the sampler (guidance included).
-    ``latency_ms`` is the median time of one sample at batch size 1, ``images_per_s`` the rate at the largest batch
-    measured. ``samples_png`` is a base64 PNG strip of the samples of the first seeds, the same seeds in every row.
-    ``seeds`` says how many trainings the row is the mean of (``over_seeds``); ``seed`` is then the first one's.
+    ``steps`` are solver steps, ``nfe`` network evaluations per sample as counted by the sampler (guidance included); 0
+    is for samples of which that is not known. ``latency_ms`` and ``latency_p95_ms`` are the median and the 95th
+    percentile of the time of one sample at batch size 1, ``images_per_s`` the best rate of all batch sizes measured,
+    which was that at ``batch``. ``peak_memory_mb`` is what a GPU held at most meanwhile (MiB, weights included),
+    ``flops`` what one sample takes in floating-point operations, ``decode_ms`` the time of an autoencoder, apart.
+    ``ema`` names the average of the weights where it is not the one that the run exported.
+
+    ``differences`` are metrics minus those of the teacher's row at most steps, on the same noise, with the ends of
+    their 95 % interval; ``per_class`` are metrics of each class by itself. ``heavy`` lists metrics of which a few
+    samples carry most of the variance: their intervals are not to be trusted. ``samples_png`` is a base64 PNG strip of
+    the samples of the first seeds, the same seeds in every row. ``seeds`` says how many trainings the row is the mean
+    of (``over_seeds``); ``seed`` is then the first one's.
     """
 
     model: str
@@ -59,6 +68,15 @@ class Row:
     digest: str
     samples_png: str | None = None
     seeds: int = 1
+    latency_p95_ms: float | None = None
+    batch: int | None = None
+    peak_memory_mb: float | None = None
+    flops: float | None = None
+    decode_ms: float | None = None
+    ema: str | None = None
+    differences: Mapping[str, Measured] = field(default_factory=dict)
+    per_class: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    heavy: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ class Report:
     """A table of rows with what they were measured against (``reference``) and where (``environment``).
 
     ``reference`` holds ``dataset``, ``n``, ``floor`` (metric name -> value of real data against real data),
-    ``extractors`` (name -> dim and digest) and ``protocol`` (fixed conventions, as text).
+    ``extractors`` (name -> dim and digest) and ``protocol`` (``Protocol.to_json``).
     """
 
     rows: tuple[Row, ...]
@@ -91,7 +109,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            "rows": [_row_json(row) for row in self.rows],
+            "rows": [row_json(row) for row in self.rows],
             "models": [asdict(model) for model in self.models],
             "reference": dict(self.reference),
             "environment": dict(self.environment),
@@ -101,23 +119,38 @@ class Report:
     def from_json(document: Mapping[str, Any]) -> "Report":
         if document.get("schema") != SCHEMA:
             raise UsageError(f"results schema {document.get('schema')!r} is not {SCHEMA}: evaluate again")
-        rows = tuple(
-            Row(**{**row, "metrics": {name: Measured(**metric) for name, metric in row["metrics"].items()}})
-            for row in document["rows"]
-        )
+        rows = tuple(row_from_json(row) for row in document["rows"])
         models = tuple(Model(**model) for model in document.get("models", ()))
         return Report(rows, models, document.get("reference", {}), document.get("environment", {}))
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    """A row as plain values, without the keys that say nothing of a single training."""
-    document = asdict(row)
-    if row.seeds == 1:
-        del document["seeds"]
-    for metric in document["metrics"].values():
+_SILENT = {
+    **dict.fromkeys(("latency_p95_ms", "batch", "peak_memory_mb", "flops", "decode_ms", "ema")),
+    **{"seeds": 1, "differences": {}, "per_class": {}, "heavy": []},
+}
+"""Keys of a row that are left out, and the value that says nothing."""
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """A row as plain values, without the keys that say nothing of it."""
+    document = {**asdict(row), "heavy": list(row.heavy)}
+    for key, silent in _SILENT.items():
+        if document[key] == silent:
+            del document[key]
+    for metric in (*document["metrics"].values(), *document.get("differences", {}).values()):
         if metric["sd"] is None:
             del metric["sd"]
     return document
+
+
+def row_from_json(document: Mapping[str, Any]) -> Row:
+    """What ``row_json`` gave; anything else is a ``TypeError``, ``KeyError`` or ``AttributeError``."""
+    measured = {
+        key: {name: Measured(**metric) for name, metric in document[key].items()}
+        for key in ("metrics", "differences")
+        if key == "metrics" or key in document
+    }
+    return Row(**{**document, **measured, "heavy": tuple(document.get("heavy", ()))})
 
 
 def read_results(path: Path) -> Report:
@@ -131,18 +164,20 @@ def read_results(path: Path) -> Report:
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """One report of several. Rows measured against different references or extractors do not belong in one table.
+    """One report of several. Rows of different protocols, extractors or counts of samples do not belong in one table: a
+    ``UsageError`` names what differs.
 
     Where the environments differ, all are kept, by the models measured in them: a latency belongs to its machine.
     """
     reports = list(reports)
     first = reports[0]
-    _check_same_reference(reports)
+    check_same_reference([report.reference for report in reports])
+    check_same_count([frozenset(row.n for row in report.rows) for report in reports])
     rows: dict[tuple[Any, ...], Row] = {}
     models: dict[str, Model] = {}
     for report in reports:
         for row in report.rows:
-            rows.setdefault((row.model, row.digest, row.steps, row.sampler, row.guidance, row.n, row.seed), row)
+            rows.setdefault((*_kind(row), row.digest, row.seed), row)
         for model in report.models:
             models.setdefault(model.name, model)
     environment = first.environment
@@ -165,12 +200,12 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
     if len(every) == 1:
         return every[0]
     first = every[0]
-    _check_same_reference(every)
+    check_same_reference([report.reference for report in every])
     rows: dict[tuple[Any, ...], list[Row]] = {}
     models: dict[str, list[Model]] = {}
     for report in every:
         for row in report.rows:
-            rows.setdefault((row.model, row.steps, row.sampler, row.guidance, row.n), []).append(row)
+            rows.setdefault(_kind(row), []).append(row)
         for model in report.models:
             models.setdefault(model.name, []).append(model)
     environment = first.environment
@@ -184,16 +219,40 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
     )
 
 
+def _kind(row: Row) -> tuple[Any, ...]:
+    """What rows of several trainings of one model have in common."""
+    return row.model, row.steps, row.sampler, row.guidance, row.n, row.ema
+
+
 def _mean_row(rows: Sequence[Row]) -> Row:
-    shared = [name for name in rows[0].metrics if all(name in row.metrics for row in rows)]
     return replace(
         rows[0],
-        metrics={name: _mean([row.metrics[name].value for row in rows]) for name in shared},
+        metrics=_means([row.metrics for row in rows]),
+        differences=_means([row.differences for row in rows]),
+        per_class=_class_means([row.per_class for row in rows]),
+        heavy=tuple(dict.fromkeys(name for row in rows for name in row.heavy)),
         latency_ms=_median([row.latency_ms for row in rows]),
+        latency_p95_ms=_median([row.latency_p95_ms for row in rows]),
         images_per_s=_median([row.images_per_s for row in rows]),
+        peak_memory_mb=_median([row.peak_memory_mb for row in rows]),
+        decode_ms=_median([row.decode_ms for row in rows]),
         digest=", ".join(row.digest for row in rows),
         seeds=len(rows),
     )
+
+
+def _means(measured: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
+    shared = [name for name in measured[0] if all(name in each for each in measured)]
+    return {name: _mean([each[name].value for each in measured]) for name in shared}
+
+
+def _class_means(each: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Class by class, of what all trainings have; a class that one of them has no number for has none here."""
+    known = [{name: [math.nan if x is None else x for x in of] for name, of in found.items()} for found in each]
+    shared = [name for name in known[0] if len({len(found.get(name, ())) for found in known}) == 1]
+    return {
+        name: [statistics.fmean(of) for of in zip(*(found[name] for found in known), strict=True)] for name in shared
+    }
 
 
 def _mean(values: Sequence[float]) -> Measured:
@@ -217,15 +276,3 @@ def _middle_model(models: Sequence[Model]) -> Model:
         train_s=statistics.median(model.train_s for model in models),
         teacher_digest=", ".join(teachers) or None,
     )
-
-
-def _check_same_reference(reports: Sequence[Report]) -> None:
-    """Rows of one table were measured against the same data in the same way: else ``UsageError``."""
-    first = reports[0]
-    for other in reports[1:]:
-        for part in ("dataset", "n", "extractors", "protocol"):
-            if first.reference.get(part) != other.reference.get(part):
-                raise UsageError(
-                    f"these results do not compare: reference {part} is {first.reference.get(part)!r} in one and "
-                    f"{other.reference.get(part)!r} in another"
-                )

@@ -1,37 +1,38 @@
 """The step sweep: every candidate at every step count, on shared seeds, through every metric.
 
 Noise and label of sample ``i`` are functions of (seed, i), so that rows are paired: two rows differ in the model or in
-the number of steps and in nothing else. Labels are balanced, ``i mod classes``.
+the number of steps and in nothing else. Labels are balanced, ``i mod classes``. Several processes draw a share of the
+samples each and find the rows of one.
 """
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.data.dataset import Dataset
+from fewstep.data.digests import content_digest
+from fewstep.errors import FewstepError
+from fewstep.evaluation.bank import Bank, Finished
 from fewstep.evaluation.config import EvaluateConfig
-from fewstep.evaluation.features import Classifier, FeatureExtractor, class_accuracy, extract, metric_name
-from fewstep.evaluation.frechet import Moments, frechet_distance, moments
-from fewstep.evaluation.kernel import kernel_distance
-from fewstep.evaluation.neighbours import manifold_metrics, radii
-from fewstep.evaluation.quantise import to_uint8
-from fewstep.evaluation.reference import real_features
+from fewstep.evaluation.features import Classifier, FeatureExtractor, class_accuracy, metric_name
+from fewstep.evaluation.floor import real_floor
+from fewstep.evaluation.metrics import differences, outcome
+from fewstep.evaluation.protocol import Protocol, digest_of
+from fewstep.evaluation.quantise import clamped_fraction, to_uint8
+from fewstep.evaluation.reference import TILE, ReferenceFeatures, reference_features, tiled_features
 from fewstep.evaluation.results import Measured, Row
-from fewstep.evaluation.speed import latency_ms
-from fewstep.evaluation.strips import samples_strip
-from fewstep.evaluation.transport import straightness, straightness_samples, wasserstein2
+from fewstep.evaluation.share import ALONE, Share
+from fewstep.evaluation.speed import measure_speed, percentile, synchronise
+from fewstep.evaluation.strips import COUNT, samples_strip
+from fewstep.evaluation.trajectory import of_row, trajectory_measures
+from fewstep.evaluation.transport import wasserstein2
 from fewstep.keys import Key
-from fewstep.sampling import FieldSampler, OdeSampler, Sampler
-
-K_PRECISION_RECALL = 3
-K_DENSITY_COVERAGE = 5
-FLOOR_SPLITS = 4
+from fewstep.sampling import Sampler
 
 Seen = Callable[[Row, int, int], None]
 """What hears of a sweep's progress: the new row, how many there are now, how many there will be."""
@@ -53,26 +54,39 @@ class Candidate:
     guidance: float
     digest: str
     params: int
-
-
-@dataclass(frozen=True)
-class ReferenceFeatures:
-    """One extractor's view of the real data: features, moments and neighbour radii, computed once for all rows."""
-
-    extractor: FeatureExtractor
-    features: Tensor
-    moments: Moments
-    radii: Tensor
+    ema: str | None = None
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples ``x [n, *D]`` with their labels, network evaluations per sample, and the rate they were drawn at."""
+    """This process's samples ``x [n, *D]`` with their labels, network evaluations per sample, and the rates (images per
+    second) that they were drawn at, by batch size."""
 
     x: Tensor
     label: Tensor | None
     nfe: int
-    images_per_s: float
+    rates: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a sweep have in common."""
+
+    data: Dataset
+    references: Sequence[ReferenceFeatures]
+    protocol: Protocol
+    config: EvaluateConfig
+    seed: int
+    device: torch.device
+    share: Share = ALONE
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The teacher's row that others are compared with, and this process's samples of it."""
+
+    finished: Finished
+    x: Tensor
 
 
 def sweep(
@@ -84,55 +98,335 @@ def sweep(
     seed: int,
     device: torch.device,
     report: Seen = unseen,
+    share: Share = ALONE,
+    bank: Bank | None = None,
+    known: Iterable[ReferenceFeatures] = (),
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows for every candidate and step count, and the reference they were measured against.
 
     The teacher's samples at its largest step count are the ones that ``teacher_gap`` (root mean square difference of a
-    student's sample to the teacher's from the same noise, in data units) refers to. ``report`` sees each row as it
-    comes. A step count outside a student's training is a ``ValueError`` before any sampling starts.
+    student's sample to the teacher's from the same noise, in data units) and ``differences`` refer to; of several
+    teachers it is the first, or the first of the row's own guidance. ``report`` sees each row as it comes. A step count
+    outside a student's training is a ``ValueError`` before any sampling starts.
+
+    Every process of ``share`` gets all rows. ``bank`` keeps finished rows and gives back those of an earlier call with
+    the same protocol and weights. ``known`` are references that need not be computed.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.role != "teacher")
     for candidate in candidates:
         for steps in candidate.steps:
             candidate.sampler.check(steps)
-    references = [reference_features(extractor, data, device) for extractor in extractors]
+    given = {reference.extractor.name: reference for reference in known}
+    references = [
+        given.get(extractor.name) or reference_features(extractor, data, device, share) for extractor in extractors
+    ]
+    setting = Setting(data, references, protocol_of(references, data, config.n), config, seed, device, share)
+    found = _Sweep(setting, bank or Bank(), candidates)
     total = sum(len(candidate.steps) for candidate in candidates)
-    anchor: Tensor | None = None
-    rows = []
-    for candidate in candidates:
-        bent = straightness_of(candidate.sampler, data, seed, device)
+    rows: list[tuple[int, Row]] = []
+    for place, candidate in enumerate(candidates):
         for steps in sorted(candidate.steps, reverse=True):
-            drawn = draw(
-                candidate.sampler, steps, data, n=config.n, batch_size=config.batch_size, seed=seed, device=device
+            rows.append((place, found.row(candidate, steps)))
+            report(rows[-1][1], len(rows), total)
+    if share.main:
+        found.bank.forget_samples()
+    rows.sort(key=lambda entry: (entry[0], entry[1].steps))
+    return [row for _, row in rows], describe_reference(setting)
+
+
+def sweep_images(
+    images: Tensor,
+    data: Dataset,
+    extractors: Iterable[FeatureExtractor],
+    config: EvaluateConfig,
+    *,
+    device: torch.device,
+    known: Iterable[ReferenceFeatures] = (),
+) -> tuple[Row, dict[str, Any]]:
+    """The row of images ``[N, C, H, W]`` uint8 that somebody else drew (it does not say how), and the reference."""
+    given = {reference.extractor.name: reference for reference in known}
+    references = [given.get(extractor.name) or reference_features(extractor, data, device) for extractor in extractors]
+    setting = Setting(data, references, protocol_of(references, data, len(images)), config, 0, device)
+    return measured_samples(images, None, setting).row, describe_reference(setting)
+
+
+class _Sweep:
+    """The rows found so far, as far as others are compared with them."""
+
+    def __init__(self, setting: Setting, bank: Bank, candidates: Sequence[Candidate]) -> None:
+        self.setting, self.bank = setting, bank
+        self._teachers = [candidate for candidate in candidates if candidate.role == "teacher" and candidate.steps]
+        self._anchors: dict[str, Anchor] = {}
+        self._paths: dict[int, dict[str, float]] = {}
+
+    def row(self, candidate: Candidate, steps: int) -> Row:
+        """A row that was kept, or else a new one."""
+        share, key = self.setting.share, self._key(candidate, steps)
+        kept = share.from_main(self.bank.find(key) if share.main else None)
+        if kept is not None:
+            return kept.row
+        anchor = self._anchor(candidate, steps)
+        drawn = self._drawn(candidate, steps)
+        finished = measure(candidate, steps, drawn, self.setting, anchor, self._measures(candidate, steps))
+        if share.main:
+            self.bank.keep(key, finished)
+        if self._anchored_by(candidate) == (candidate, steps):
+            self._anchors[key] = Anchor(finished, drawn.x)
+            self.bank.keep_samples(key, share.rank, share.world, drawn.x)
+        return finished.row
+
+    def _anchored_by(self, candidate: Candidate) -> tuple[Candidate, int] | None:
+        """The teacher's row that rows of a candidate are compared with."""
+        if not self._teachers:
+            return None
+        guided = [teacher for teacher in self._teachers if teacher.guidance == candidate.guidance]
+        chosen = (guided or self._teachers)[0]
+        return chosen, max(chosen.steps)
+
+    def _anchor(self, candidate: Candidate, steps: int) -> Anchor | None:
+        chosen = self._anchored_by(candidate)
+        if chosen is None or chosen == (candidate, steps):
+            return None
+        key, share = self._key(*chosen), self.setting.share
+        if key not in self._anchors:  # its row was kept by an earlier call: so may its samples be
+            finished = share.from_main(self.bank.find(key) if share.main else None)
+            x = self.bank.find_samples(key, share.rank, share.world)
+            if not all(share.everyone(x is not None)):
+                x = self._drawn(*chosen).x
+                self.bank.keep_samples(key, share.rank, share.world, x)
+            assert x is not None
+            self._anchors[key] = Anchor(finished, x.to(self.setting.device))
+        return self._anchors[key]
+
+    def _drawn(self, candidate: Candidate, steps: int) -> Drawn:
+        config = self.setting.config
+        return draw(
+            candidate.sampler,
+            steps,
+            self.setting.data,
+            n=config.n,
+            batch_size=config.batch_size,
+            seed=self.setting.seed,
+            device=self.setting.device,
+            share=self.setting.share,
+            tile=min(TILE, config.batch_size),
+        )
+
+    def _measures(self, candidate: Candidate, steps: int) -> dict[str, float]:
+        if id(candidate) not in self._paths:
+            self._paths[id(candidate)] = trajectory_measures(
+                candidate.sampler, self.setting.data, self.setting.seed, self.setting.device
             )
-            if candidate.role == "teacher" and anchor is None:
-                anchor = drawn.x
-            straight = None if _on_own_nodes(candidate.sampler, steps) else bent
-            row = measure(candidate, steps, drawn, references, data, anchor, straight, seed=seed, device=device)
-            rows.append(row)
-            report(row, len(rows), total)
-    rows.sort(key=lambda row: (row.role != "teacher", [c.name for c in candidates].index(row.model), row.steps))
-    return rows, describe_reference(references, data, config.n)
+        return of_row(self._paths[id(candidate)], candidate.sampler, steps)
+
+    def _key(self, candidate: Candidate, steps: int) -> str:
+        """The digest of all that a row depends on."""
+        chosen = self._anchored_by(candidate)
+        setting = self.setting
+        document = {
+            "protocol": setting.protocol.to_json(),
+            "extractors": {each.extractor.name: each.extractor.digest for each in setting.references},
+            "seed": setting.seed,
+            "where": dict(self.bank.where),
+            "model": (candidate.name, candidate.role, candidate.objective, candidate.digest, candidate.ema),
+            "sampler": (candidate.sampler.name, candidate.guidance, steps),
+            "anchor": None if chosen is None or chosen == (candidate, steps) else self._key(*chosen),
+        }
+        return digest_of(document)
 
 
 def draw(
-    sampler: Sampler, steps: int, data: Dataset, *, n: int, batch_size: int, seed: int, device: torch.device
+    sampler: Sampler,
+    steps: int,
+    data: Dataset,
+    *,
+    n: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    share: Share = ALONE,
+    tile: int = 1,
 ) -> Drawn:
-    """Samples ``0 .. n - 1`` of a seed, in batches that change nothing but the speed."""
-    parts, labels, rates, nfe = [], [], [], 0
-    for indices in torch.arange(n, device=device).split(batch_size):
+    """A process's share of the samples ``0 .. n - 1`` of a seed, in batches that change nothing but the speed.
+
+    Below ``TILE`` rows, and at the edge of some other sizes, matrix products take kernels that round otherwise: the
+    last batch is filled up to a multiple of ``tile``, so that neither ``n`` nor the number of processes changes a bit.
+    """
+    parts, labels, nfe = [], [], 0
+    rates: dict[int, list[float]] = {}
+    every, count = share.own(n, tile=tile, device=device)
+    for indices in every.split(batch_size):
         noise = sampler.source(Key(seed), "noise", indices, data.shape)
         label = data.drawn_condition(indices)
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         samples = sampler(steps, noise, label, Key(seed), indices)
-        _synchronise(device)
-        rates.append(len(indices) / (time.perf_counter() - began))
+        synchronise(device)
+        rates.setdefault(len(indices), []).append(len(indices) / (time.perf_counter() - began))
         nfe = samples.nfe
         parts.append(samples.x)
         if isinstance(label, Tensor):
             labels.append(label)
-    return Drawn(torch.cat(parts), torch.cat(labels) if labels else None, nfe, statistics.median(rates))
+    middle = {size: statistics.median(found) for size, found in rates.items()}
+    return Drawn(torch.cat(parts)[:count], torch.cat(labels)[:count] if labels else None, nfe, middle)
+
+
+def measure(
+    candidate: Candidate,
+    steps: int,
+    drawn: Drawn,
+    setting: Setting,
+    anchor: Anchor | None,
+    paths: Mapping[str, float],
+) -> Finished:
+    """All metrics of one set of samples, from one pass through each extractor; ``paths`` are measures of the model's
+    trajectories. Every process gets the row, the main one also the influences."""
+    share, config = setting.share, setting.config
+    images = _agreed(share, lambda: quantised(drawn.x, setting.data), f"{candidate.name} at {steps} steps")
+    measured = measured_samples(images, drawn.x, setting)
+    gap: Tensor | None = None
+    if candidate.role == "student" and anchor is not None:
+        gap = share.gather((drawn.x.double() - anchor.x.double()).flatten(1).square().mean(1), config.n)
+    if not share.main:
+        return share.from_main(None)
+    metrics = {**measured.row.metrics, **{name: Measured(value) for name, value in paths.items()}}
+    if gap is not None:
+        metrics |= gap_metrics(gap)
+    speed = measure_speed(
+        candidate.sampler, steps, setting.data, seed=setting.seed, device=setting.device, known=drawn.rates
+    )
+    apart = (
+        {}
+        if anchor is None
+        else differences(metrics, measured.influences, anchor.finished.row.metrics, anchor.finished.influences)
+    )
+    row = replace(
+        measured.row,
+        model=candidate.name,
+        role=candidate.role,
+        objective=candidate.objective,
+        steps=steps,
+        nfe=drawn.nfe,
+        sampler=candidate.sampler.name,
+        guidance=candidate.guidance,
+        metrics=metrics,
+        params=candidate.params,
+        digest=candidate.digest,
+        ema=candidate.ema,
+        differences=apart,
+        **asdict(speed),
+    )
+    share.from_main(Finished(row))
+    return Finished(row, measured.influences)
+
+
+def measured_samples(images: Tensor, x: Tensor | None, setting: Setting) -> Finished:
+    """What features say of samples: this process's ``images`` (uint8, or points) and ``x`` as they were drawn, None for
+    images that come quantised. The row says nothing yet of a model; on other processes than the main one it is empty.
+    """
+    share, data, n = setting.share, setting.data, setting.config.n
+    metrics: dict[str, Measured] = {}
+    influences: dict[str, Tensor] = {}
+    per_class: dict[str, list[float]] = {}
+    heavy: tuple[str, ...] = ()
+    label = data.drawn_condition(torch.arange(n, device=setting.device)) if x is not None else None
+    for reference in setting.references:
+        extractor = reference.extractor
+        floating = images.float() / 127.5 - 1 if x is None else x
+        own = tiled_features(extractor, images if extractor.takes == "uint8" else floating)
+        features = share.gather(own, n)
+        if not share.main:
+            continue
+        found = outcome(reference, features, classes=0 if x is None else data.num_classes)
+        metrics |= found.metrics
+        influences |= found.influences
+        heavy += found.heavy
+        if isinstance(extractor, Classifier) and isinstance(label, Tensor):
+            logits = extractor.logits(features)
+            name = metric_name("accuracy", extractor.name)
+            if logits.shape[1] == data.num_classes:  # it knows these classes
+                metrics[name] = Measured(class_accuracy(logits, label))
+                per_class[name] = [
+                    class_accuracy(logits[label == k], label[label == k]) if bool((label == k).any()) else float("nan")
+                    for k in range(data.num_classes)
+                ]
+        if data.kind == "points" and reference.features is not None:
+            metrics[metric_name("w2", extractor.name)] = Measured(wasserstein2(reference.features, features))
+    if data.kind == "image" and x is not None:
+        outside = share.everyone((clamped_fraction(x) * len(x)) if len(x) else 0.0)
+        metrics["clamped"] = Measured(sum(outside) / n)
+    shown = n if data.kind == "points" else min(n, COUNT)
+    first = share.gather(images[: len(range(share.rank, shown, share.world))], shown)
+    row = Row(
+        model="",
+        role="student",
+        objective="",
+        steps=0,
+        nfe=0,
+        sampler="",
+        guidance=1.0,
+        n=n,
+        seed=setting.seed,
+        metrics=metrics,
+        latency_ms=None,
+        images_per_s=None,
+        params=0,
+        digest="",
+        samples_png=samples_strip(first, data.kind),
+        per_class=per_class,
+        heavy=heavy,
+    )
+    return Finished(row, {name: influence.float().cpu() for name, influence in influences.items()})
+
+
+def gap_metrics(square_n: Tensor) -> dict[str, Measured]:
+    """The gap to the teacher from mean squares per sample: its root mean square, median and 95th percentile."""
+    each = square_n.sqrt().tolist()
+    return {
+        "teacher_gap": Measured(float(square_n.mean().sqrt())),
+        "teacher_gap_p50": Measured(percentile(each, 0.5)),
+        "teacher_gap_p95": Measured(percentile(each, 0.95)),
+    }
+
+
+def quantised(x: Tensor, data: Dataset) -> Tensor:
+    """Images become uint8, once; points stay as they are."""
+    return to_uint8(x) if data.kind == "image" else x
+
+
+def _agreed(share: Share, compute: Callable[[], Tensor], what: str) -> Tensor:
+    """What ``compute`` returns; what it finds wrong in one process ends all of them, which would wait for it."""
+    found, wrong = None, None
+    try:
+        found = compute()
+    except ValueError as error:
+        wrong = str(error)
+    first = next((text for text in share.everyone(wrong) if text), None)
+    if first is not None:
+        raise FewstepError(f"{what}: {first}")
+    assert found is not None
+    return found
+
+
+def protocol_of(references: Sequence[ReferenceFeatures], data: Dataset, n: int) -> Protocol:
+    """How a sweep measures. Statistics of a file count as what they are of."""
+    own = [reference for reference in references if not reference.facts]
+    digests = {reference.extractor.name: str(reference.facts["digest"]) for reference in references if reference.facts}
+    if own:
+        digests |= dict.fromkeys((reference.extractor.name for reference in own), content_digest(data))
+    imported = [
+        f"{reference.extractor.name}: statistics of {reference.facts['dataset']}, imported"
+        for reference in references
+        if reference.facts.get("imported")
+    ]
+    said = ["all samples of the data set"] if len(imported) < len(references) else []
+    return Protocol(
+        reference="; ".join([*said, *imported]),
+        reference_digest=", ".join(dict.fromkeys(digests.values())),
+        n=n,
+        labels=_labels(data),
+        quantisation="uint8 by (127.5 x + 128), clamped, once" if data.kind == "image" else f"none ({data.kind})",
+    )
 
 
 def _labels(data: Dataset) -> str:
@@ -142,155 +436,21 @@ def _labels(data: Dataset) -> str:
     return "balanced, i mod classes" if data.num_classes else "none"
 
 
-def straightness_of(sampler: Sampler, data: Dataset, seed: int, device: torch.device) -> float | None:
-    """How straight a velocity field's own paths are, from a few of the seed's samples; None for a flow map, and for a
-    field that is sampled on nodes of its own."""
-    if isinstance(sampler, FieldSampler):
-        field = next((each.field for each in sampler.fields if each.steps == 0), None)
-    else:
-        field = sampler.field if isinstance(sampler, OdeSampler) else None
-    if field is None:
-        return None
-    index = torch.arange(straightness_samples(math.prod(data.shape)), device=device)
-    noise = sampler.source(Key(seed), "noise", index, data.shape)
-    return straightness(field, noise, data.drawn_condition(index))
-
-
-def _on_own_nodes(sampler: Sampler, steps: int) -> bool:
-    """Whether a field that was made for certain nodes gives the samples: how straight another one is says nothing."""
-    return isinstance(sampler, FieldSampler) and sampler.serving(steps).steps != 0
-
-
-def measure(
-    candidate: Candidate,
-    steps: int,
-    drawn: Drawn,
-    references: list[ReferenceFeatures],
-    data: Dataset,
-    anchor: Tensor | None,
-    bent: float | None = None,
-    *,
-    seed: int,
-    device: torch.device,
-) -> Row:
-    """All metrics of one set of samples, from one pass through each extractor; ``bent`` is its field's straightness."""
-    metrics: dict[str, float] = {}
-    images = quantised(drawn.x, data)
-    for reference in references:
-        extractor = reference.extractor
-        features = extract(extractor, images if extractor.takes == "uint8" else drawn.x)
-        metrics |= compare(reference, features)
-        if isinstance(extractor, Classifier) and drawn.label is not None:
-            logits = extractor.logits(features)
-            metrics[metric_name("accuracy", extractor.name)] = class_accuracy(logits, drawn.label)
-        if data.kind == "points":
-            metrics[metric_name("w2", extractor.name)] = wasserstein2(reference.features, features)
-    if bent is not None:
-        metrics["straightness"] = bent
-    if candidate.role == "student" and anchor is not None:
-        metrics["teacher_gap"] = float((drawn.x.double() - anchor.double()).square().mean().sqrt())
-    return Row(
-        model=candidate.name,
-        role=candidate.role,
-        objective=candidate.objective,
-        steps=steps,
-        nfe=drawn.nfe,
-        sampler=candidate.sampler.name,
-        guidance=candidate.guidance,
-        n=len(drawn.x),
-        seed=seed,
-        metrics={name: Measured(value) for name, value in metrics.items()},
-        latency_ms=latency_ms(candidate.sampler, steps, data, seed=seed, device=device),
-        images_per_s=drawn.images_per_s,
-        params=candidate.params,
-        digest=candidate.digest,
-        samples_png=samples_strip(images, data.kind),
-    )
-
-
-def quantised(x: Tensor, data: Dataset) -> Tensor:
-    """Images become uint8, once; points stay as they are."""
-    return to_uint8(x) if data.kind == "image" else x
-
-
-def reference_features(extractor: FeatureExtractor, data: Dataset, device: torch.device) -> ReferenceFeatures:
-    features = torch.cat(list(real_features(extractor, data, device)))
-    return ReferenceFeatures(
-        extractor, features, moments(features), radii(features, max(K_PRECISION_RECALL, K_DENSITY_COVERAGE))
-    )
-
-
-def compare(reference: ReferenceFeatures, features: Tensor) -> dict[str, float]:
-    """Every distance and manifold metric of generated features against the reference, under their full names."""
-    name = reference.extractor.name
-    manifold = manifold_metrics(
-        reference.features,
-        features,
-        k_pr=K_PRECISION_RECALL,
-        k_dc=K_DENSITY_COVERAGE,
-        ref_radii=reference.radii,
-    )
-    return {
-        metric_name("fd", name): frechet_distance(reference.moments, moments(features)),
-        metric_name("kd", name): kernel_distance(reference.features, features),
-        metric_name("precision", name): manifold.precision,
-        metric_name("recall", name): manifold.recall,
-        metric_name("density", name): manifold.density,
-        metric_name("coverage", name): manifold.coverage,
-    }
-
-
-def describe_reference(references: list[ReferenceFeatures], data: Dataset, n: int) -> dict[str, Any]:
-    """The reference block of ``results.json``: data, extractors, conventions, and real data against real data."""
+def describe_reference(setting: Setting) -> dict[str, Any]:
+    """The reference block of ``results.json``: data, extractors, protocol, and real data against real data."""
     floor: dict[str, float] = {}
-    for reference in references:
-        floor |= real_floor(reference, n)
+    if setting.share.main:
+        for reference in setting.references:
+            floor |= real_floor(reference, setting.config.n)
+    told = [reference.facts for reference in setting.references if reference.facts]
+    whole = told[0] if told and len(told) == len(setting.references) else None
     return {
-        "dataset": data.name,
-        "n": len(data.x),
+        "dataset": setting.data.name if whole is None else whole["dataset"],
+        "n": len(setting.data.x) if whole is None else whole["n"],
         "extractors": {
-            reference.extractor.name: {"dim": reference.features.shape[1], "digest": reference.extractor.digest}
-            for reference in references
+            reference.extractor.name: {"dim": len(reference.moments.mean), "digest": reference.extractor.digest}
+            for reference in setting.references
         },
         "floor": floor,
-        "protocol": {
-            "reference": "the training data themselves",
-            "quantisation": "uint8 by (127.5 x + 128), clamped, once"
-            if data.kind == "image"
-            else f"none ({data.kind})",
-            "frechet": "float64, covariance with n - 1, no bias correction",
-            "kernel": "unbiased MMD^2, kernel (x.y / D + 1)^3, all pairs",
-            "neighbours": f"precision, recall: k = {K_PRECISION_RECALL}; "
-            f"density, coverage: k = {K_DENSITY_COVERAGE}; distance <= radius",
-            "labels": _labels(data),
-            "floor": f"disjoint halves of the real data, mean of {FLOOR_SPLITS} splits; "
-            "the Fréchet distance scaled by 1/n_reference + 1/n to the sizes of the rows",
-        },
+        "protocol": setting.protocol.to_json(),
     }
-
-
-def real_floor(reference: ReferenceFeatures, n: int) -> dict[str, float]:
-    """The metrics of real data against other real data: what sampling noise alone costs.
-
-    Means over random splits into two disjoint halves. Between samples of one distribution the expected
-    Fréchet distance is ``c (1/n_ref + 1/n)`` to first order, so the halves' value is scaled to ``n`` samples against
-    the whole reference; the other metrics stay as the halves gave them.
-    """
-    everything = torch.arange(len(reference.features))
-    half = len(everything) // 2
-    k = max(K_PRECISION_RECALL, K_DENSITY_COVERAGE)
-    splits = []
-    for split in range(FLOOR_SPLITS):
-        order = Key(0, split).uniform("floor", everything).argsort(stable=True).to(reference.features.device)
-        a, b = reference.features[order[:half]], reference.features[order[half:]]
-        splits.append(compare(ReferenceFeatures(reference.extractor, a, moments(a), radii(a, k)), b))
-    floor = {name: statistics.mean(values[name] for values in splits) for name in splits[0]}
-    rest = len(everything) - half
-    distance = metric_name("fd", reference.extractor.name)
-    floor[distance] *= (1 / len(everything) + 1 / n) / (1 / half + 1 / rest)
-    return floor
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

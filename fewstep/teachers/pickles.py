@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.errors import UsageError
-from fewstep.teachers.inert import Module, Reader, plain, strangers
+from fewstep.inert import Module, Reader, plain, strangers
 
 FileKind = Literal["safetensors", "torch", "pickle"]
 

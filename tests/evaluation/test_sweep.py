@@ -13,9 +13,11 @@ from torch import Tensor
 from fewstep.data.dataset import Dataset
 from fewstep.evaluation.config import EvaluateConfig
 from fewstep.evaluation.features import build_extractor
+from fewstep.evaluation.floor import real_floor
+from fewstep.evaluation.reference import reference_features
 from fewstep.evaluation.results import Row
 from fewstep.evaluation.strips import samples_grid, samples_strip
-from fewstep.evaluation.sweep import Candidate, draw, real_floor, reference_features, sweep
+from fewstep.evaluation.sweep import Candidate, draw, sweep
 from fewstep.keys import Key
 from fewstep.sampling import Samples
 from fewstep.sources import Source, gaussian

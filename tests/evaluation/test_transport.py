@@ -5,7 +5,7 @@ import torch
 from scipy.integrate import quad
 
 from fewstep.data.dataset import Dataset
-from fewstep.evaluation.sweep import straightness_of
+from fewstep.evaluation.trajectory import straightness_of
 from fewstep.evaluation.transport import straightness, straightness_samples, wasserstein2
 from fewstep.keys import Key
 from fewstep.sampling import MapSampler, OdeSampler
