@@ -80,16 +80,20 @@ class ImageClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class ClassifierFeatures:
-    """The penultimate layer of a classifier of the user's images, and its class logits. ``facts`` is its card."""
+    """The penultimate layer of a classifier of the user's images, and its class logits. ``card`` is its file's."""
 
     device: torch.device
     network: ImageClassifier
     shape: tuple[int, ...]
     digest: str
-    facts: Mapping[str, Any]
+    card: Mapping[str, Any]
     name: str = "classifier"
     dim: int | None = FEATURE_DIM
     takes: Literal["uint8", "float"] = "uint8"
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {key: self.card[key] for key in ("dataset", "trained_on", "held_out", "accuracy") if key in self.card}
 
     def __call__(self, images: Tensor) -> Tensor:
         check_images(images)

@@ -57,6 +57,7 @@ class Encoded:
     encoder: Encoder
     name: str
     digest: str
+    facts: Mapping[str, Any]
     takes: Literal["uint8", "float"] = "uint8"
 
     @property
@@ -96,16 +97,12 @@ def load_encoder(
         resample_positions(network, encoder.size // encoder.patch)
     network = network.eval().requires_grad_(False)
     config = network.config
-    facts = {
-        "family": encoder.family,
-        "heads": config.num_attention_heads,
-        "activation": config.hidden_act,
-        "eps": config.layer_norm_eps,
-        "resize": f"bicubic antialias {encoder.size}, unclipped",
-        "normalisation": _normalisation(encoder),
-    }
-    digest = extractor_digest(json.dumps(facts), weights_digest.encode())
-    return Encoded(device, network.to(device), encoder, name, digest)
+    mean, std = _normalisation(encoder)
+    text = f"{encoder.family}: bicubic antialias {encoder.size}, unclipped, u / 255 - {mean} over {std}"
+    built = {"heads": config.num_attention_heads, "activation": config.hidden_act, "eps": config.layer_norm_eps}
+    digest = extractor_digest(f"{text}, {json.dumps(built)}", weights_digest.encode())
+    facts = {"preprocessing": text, "weights": encoder.repository}
+    return Encoded(device, network.to(device), encoder, name, digest, facts)
 
 
 def resample_positions(network: Any, patches: int) -> None:

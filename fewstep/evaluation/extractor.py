@@ -6,7 +6,7 @@ Shapes: N images, C channels, H by W pixels, D features, K classes.
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,14 @@ class Spatial(FeatureExtractor, Protocol):
     def everything(self, images: Tensor) -> Everything:
         """Features, logits and map from one pass."""
         ...
+
+
+@runtime_checkable
+class Described(FeatureExtractor, Protocol):
+    """An extractor that says in words what its digest covers: its preprocessing, and where its weights came from."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ digests mean comparable numbers. Features are float32 in eval mode, without auto
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fewstep.evaluation.digits_classifier import FEATURE_DIM, DigitsClassifier, 
 from fewstep.evaluation.encoders import ENCODERS, load_encoder
 from fewstep.evaluation.extractor import (
     Classifier,
+    Described,
     Everything,
     FeatureExtractor,
     Fitted,
@@ -33,6 +34,7 @@ from fewstep.evaluation.user_features import load_user_features, user_features_n
 __all__ = [
     "EXTRACTORS",
     "Classifier",
+    "Described",
     "Everything",
     "FeatureExtractor",
     "Fitted",
@@ -42,6 +44,7 @@ __all__ = [
     "class_accuracy",
     "extract",
     "extract_everything",
+    "extractor_facts",
     "extractor_name",
     "fitted",
     "full_float32",
@@ -179,6 +182,13 @@ def _everything(extractor: FeatureExtractor, images: Tensor) -> Everything:
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
+
+
+def extractor_facts(extractor: FeatureExtractor) -> dict[str, Any]:
+    """What results say of an extractor: ``dim``, ``digest``, and in words, where it has them, ``preprocessing``,
+    ``weights`` and what else is known."""
+    facts = dict(extractor.facts) if isinstance(extractor, Described) else {}
+    return {**facts, "dim": extractor.dim, "digest": extractor.digest}
 
 
 def fitted(extractor: FeatureExtractor, reference_features: Tensor) -> FeatureExtractor:

@@ -103,6 +103,10 @@ class Inception:
     dim: int | None = FEATURES
     takes: Literal["uint8", "float"] = "uint8"
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"preprocessing": self.preprocessing.text, "weights": self.weights}
+
     def __call__(self, images: Tensor) -> Tensor:
         return self.everything(images).features
 
@@ -133,6 +137,10 @@ class TorchScriptInception:
     weights: str
     dim: int | None = FEATURES
     takes: Literal["uint8", "float"] = "uint8"
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"preprocessing": self.preprocessing.text, "weights": self.weights}
 
     def __call__(self, images: Tensor) -> Tensor:
         x = self.preprocessing(as_colour(images.to(self.device), self.name))

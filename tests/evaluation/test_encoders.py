@@ -12,7 +12,7 @@ from fewstep.compat import prepare_torchvision
 from fewstep.errors import EnvironmentFault, UsageError
 from fewstep.evaluation.encoders import ENCODERS, Encoder, load_encoder, normalised, resample_positions
 from fewstep.evaluation.extractor import Classifier, FeatureExtractor, Spatial
-from fewstep.evaluation.features import build_extractor, extract
+from fewstep.evaluation.features import build_extractor, extract, extractor_facts
 
 CPU = torch.device("cpu")
 TINY = {
@@ -74,6 +74,8 @@ def test_features_are_the_networks_own(family, folders, transformers) -> None:
     assert isinstance(made, FeatureExtractor)
     assert not isinstance(made, Classifier | Spatial)
     assert (made.name, made.dim, made.takes) == (family, TINY[family].dim, "uint8")
+    assert extractor_facts(made).keys() == {"preprocessing", "weights", "dim", "digest"}
+    assert extractor_facts(made)["weights"] == TINY[family].repository
     size = TINY[family].size
     images = grey_levels(5, 3, size, size)  # of the size wanted: bicubic filtering changes nothing
     mean, std = {

@@ -13,7 +13,7 @@ from fewstep.compat import prepare_torchvision
 from fewstep.errors import EnvironmentFault, UsageError
 from fewstep.evaluation import inception_features
 from fewstep.evaluation.extractor import Classifier, FeatureExtractor, Spatial
-from fewstep.evaluation.features import build_extractor, extract, extract_everything
+from fewstep.evaluation.features import build_extractor, extract, extract_everything, extractor_facts
 from fewstep.evaluation.inception import InceptionNetwork, inception_network
 from fewstep.evaluation.inception_features import (
     PREPROCESSINGS,
@@ -199,7 +199,12 @@ def test_digests_cover_weights_and_preprocessing(weights_file, state, monkeypatc
     first = [load_inception(name, CPU, None) for name in PREPROCESSINGS]
     assert [each.name for each in first] == list(PREPROCESSINGS)
     assert len({each.digest for each in first}) == 3
-    assert first[0].weights == "random.pth"
+    assert extractor_facts(first[0]) == {
+        "preprocessing": PREPROCESSINGS["inception"].text,
+        "weights": "random.pth",
+        "dim": 2048,
+        "digest": first[0].digest,
+    }
     assert load_inception("inception", CPU, None).digest == first[0].digest
     digest = "2"
     assert load_inception("inception", CPU, None).digest != first[0].digest

@@ -18,7 +18,14 @@ from fewstep.evaluation import classifier_training
 from fewstep.evaluation.classifier import ClassifierFeatures, ImageClassifier, load_classifier, write_classifier
 from fewstep.evaluation.classifier_training import augment, train_classifier
 from fewstep.evaluation.extractor import Classifier, FeatureExtractor, Fitted
-from fewstep.evaluation.features import build_extractor, class_accuracy, extract, extractor_name, fitted
+from fewstep.evaluation.features import (
+    build_extractor,
+    class_accuracy,
+    extract,
+    extractor_facts,
+    extractor_name,
+    fitted,
+)
 from fewstep.evaluation.frechet import frechet_distance, moments
 from fewstep.evaluation.pca import Pca
 from fewstep.evaluation.quantise import to_uint8
@@ -213,6 +220,10 @@ def test_trained_on_the_digits(trained, reference) -> None:
     assert card["accuracy"] > 0.95
     order = Key(0).permutations("held out", 1797, 1, CPU)[0][: 1797 // 5]
     labels = digits().label
+    assert extractor_facts(extractor) == {
+        **{key: card[key] for key in ("dataset", "trained_on", "held_out", "accuracy")},
+        **{"dim": 64, "digest": extractor.digest},
+    }
     logits = extractor.logits(extract(extractor, reference[order]))
     assert class_accuracy(logits, labels[order]) == pytest.approx(card["accuracy"], abs=0.003)
     assert {"dataset", "steps", "seed", "digest"} <= set(json.loads((out / "classifier.json").read_text()))
@@ -250,6 +261,23 @@ def test_training_is_a_function_of_the_seed(tmp_path) -> None:
     assert train(small(), tmp_path / "c", seed=1)["digest"] != first["digest"]
     a, b = (load_classifier(tmp_path / name, CPU) for name in "ab")
     assert a.digest == b.digest != load_classifier(tmp_path / "c", CPU).digest
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch) -> None:
+    """Of 60 images 12 measure; whatever 40 steps draw comes from the other 48, and from all of them."""
+    seen: list[set[int]] = []
+    plain = Dataset.samples
+
+    def watched(self: Dataset, rows: Tensor) -> Tensor:
+        seen.append(set(rows.tolist()))
+        return plain(self, rows)
+
+    monkeypatch.setattr(Dataset, "samples", watched)
+    card = train(small(), tmp_path / "out", steps=40, batch_size=16)
+    *batches, held_out = seen
+    drawn = set().union(*batches)
+    assert (card["held_out"], len(held_out)) == (12, 12)
+    assert drawn == set(range(60)) - held_out
 
 
 def test_large_images_and_single_pixels(tmp_path) -> None:
