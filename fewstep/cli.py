@@ -319,23 +319,31 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the report (default: RUN/report for one run).")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Show what changed since this results.json, run or ledger (.jsonl)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the report (HTML, Markdown, CSV, figures, sample grids, model card) from results.json alone.
+    """Write the report (HTML, Markdown, LaTeX, CSV, figures, sample grids, model card) from results.json alone.
 
     Example: fewstep report runs/digits-meanflow runs/digits-progressive --out comparison
     """
     with user_errors():
-        from fewstep.evaluation.report import write_report
+        from fewstep.evaluation.report import changes, write_report
         from fewstep.evaluation.results import merge, read_results
 
         if out is None and len(runs) > 1:
             raise UsageError("several runs make one report: say where with --out DIR")
         results = merge(read_results(run / "results.json") for run in runs)
-        page = write_report(results, out or runs[0] / "report")
+        changed = None if against is None else changes.changes(results, changes.read_older(against), against.name)
+        page = write_report(results, out or runs[0] / "report", changed)
+        if changed is not None:
+            say(changed.summary())
         say(f"report -> {page}")
         if as_json:
-            emit_json({"report": str(page), "rows": len(results.rows)})
+            said = {} if changed is None else {"changes": changes.as_json(changed)}
+            emit_json({"report": str(page), "rows": len(results.rows), **said})
 
 
 app.command()(compare)

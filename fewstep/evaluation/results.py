@@ -48,8 +48,9 @@ class Row:
     ``differences`` are metrics minus those of the teacher's row at most steps, on the same noise, with the ends of
     their 95 % interval; ``per_class`` are metrics of each class by itself. ``heavy`` lists metrics of which a few
     samples carry most of the variance: their intervals are not to be trusted. ``samples_png`` is a base64 PNG strip of
-    the samples of the first seeds, the same seeds in every row. ``seeds`` says how many trainings the row is the mean
-    of (``over_seeds``); ``seed`` is then the first one's.
+    the samples of the first seeds, the same seeds in every row, and ``neighbours_png`` one of the training image
+    nearest to each of them. ``seeds`` says how many trainings the row is the mean of (``over_seeds``); ``seed`` is then
+    the first one's.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Row:
     differences: Mapping[str, Measured] = field(default_factory=dict)
     per_class: Mapping[str, Sequence[float]] = field(default_factory=dict)
     heavy: Sequence[str] = ()
+    neighbours_png: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Report:
 
 
 _SILENT = {
-    **dict.fromkeys(("latency_p95_ms", "batch", "peak_memory_mb", "flops", "decode_ms", "ema")),
+    **dict.fromkeys(("latency_p95_ms", "batch", "peak_memory_mb", "flops", "decode_ms", "ema", "neighbours_png")),
     **{"seeds": 1, "differences": {}, "per_class": {}, "heavy": []},
 }
 """Keys of a row that are left out, and the value that says nothing."""

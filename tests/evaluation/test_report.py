@@ -179,17 +179,20 @@ def test_numbers_have_three_significant_digits() -> None:
 def test_csv_holds_every_number_at_full_precision(report: Report, written: Path) -> None:
     with (written / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == sum(len(row.metrics) for row in report.rows)
-    found = {(line["model"], int(line["steps"]), line["metric"]): line for line in lines}
+    speed = {"latency_ms", "images_per_s", "params"}
+    assert len(lines) == sum(len(row.metrics) + len(speed) for row in report.rows)
+    assert {"run", "model", "nfe", "steps", "metric", "value", "ci_lo", "ci_hi", "n"} <= lines[0].keys()
+    found = {(line["run"], int(line["steps"]), line["metric"]): line for line in lines}
     for row in report.rows:
         for metric, measured in row.metrics.items():
             line = found[row.model, row.steps, metric]
             assert float(line["value"]) == measured.value
-            assert line["low"] == ("" if measured.low is None else repr(measured.low))
-            assert line["high"] == ("" if measured.high is None else repr(measured.high))
-            assert (int(line["nfe"]), int(line["n"]), int(line["params"])) == (row.nfe, row.n, row.params)
-            assert (float(line["latency_ms"]), float(line["images_per_s"])) == (row.latency_ms, row.images_per_s)
+            assert line["ci_lo"] == ("" if measured.low is None else repr(measured.low))
+            assert line["ci_hi"] == ("" if measured.high is None else repr(measured.high))
+            assert (int(line["nfe"]), int(line["n"]), line["model"]) == (row.nfe, row.n, row.model)
             assert (line["role"], line["objective"], line["sampler"]) == (row.role, row.objective, row.sampler)
+        for name in speed:
+            assert float(found[row.model, row.steps, name]["value"]) == getattr(row, name)
 
 
 def test_results_json_is_the_report(report: Report, written: Path) -> None:
@@ -200,9 +203,10 @@ def test_markdown_and_page_show_the_same_numbers_as_the_rows(report: Report, wri
     page = Page((written / "index.html").read_text())
     metrics = ["fd_pixels", "recall_pixels", "precision_pixels", "density_pixels", "coverage_pixels"]
     lines = parse_markdown(tables.markdown_table(report, metrics))
-    html = next(table for table in page.tables if "NFE" in table[0])
-    assert len(lines) == len(report.rows) == len(html) - 1
-    for row, line, cells in zip(report.rows, lines, html[1:], strict=True):
+    html = next(table for table in page.tables if "precision ↑" in table[0])
+    speed = next(table for table in page.tables if "p50 ms" in table[0])
+    assert len(lines) == len(report.rows) == len(html) - 1 == len(speed) - 1
+    for row, line, cells, times in zip(report.rows, lines, html[1:], speed[1:], strict=True):
         assert (line["model"], line["steps"], line["NFE"]) == (row.model, str(row.steps), str(row.nfe))
         for metric in metrics:
             head = {"fd_pixels": "fd_pixels ↓", "density_pixels": "density"}.get(metric, metric.split("_")[0] + " ↑")
@@ -211,10 +215,10 @@ def test_markdown_and_page_show_the_same_numbers_as_the_rows(report: Report, wri
             assert shown.split(" [")[0] == line[head]
         fd = row.metrics["fd_pixels"]
         assert cells[html[0].index("fd_pixels ↓")].endswith(f"[{wording.number(fd.low)}, {wording.number(fd.high)}]")
-        assert line["latency ms"] == wording.number(row.latency_ms)
-        assert line["images/s"] == wording.number(row.images_per_s)
+        assert line["latency ms"] == times[speed[0].index("p50 ms")] == wording.number(row.latency_ms)
+        assert line["images/s"] == times[speed[0].index("images/s")] == wording.number(row.images_per_s)
     assert (
-        tables.as_markdown(tables.results_table(report, wording.main_metrics(report, "digits")))
+        tables.as_markdown(tables.results_table(report, wording.main_metrics(report, "digits"), speed=False))
         in (written / "report.md").read_text()
     )
 
@@ -254,7 +258,9 @@ def test_best_of_each_step_count_is_bold_in_the_right_direction(report: Report) 
 def test_headline_names_the_best_student_and_what_it_costs(report: Report) -> None:
     assert answer.headline(report) == (
         "At 4 steps, `digits-meanflow` has `fd_pixels` 0.430, 0.796× the teacher's 64-step figure (lower is better), "
-        "in 1/16 of the time; recall falls from 0.878 to 0.838."
+        # 0.05 of 0.43 and of 0.54 to the sides of their difference.
+        "in 1/16 of the time; recall falls from 0.878 to 0.838; "
+        "the difference is -0.110, 95% interval [-0.159, -0.0615]."
     )
     # Eight steps are not few: a better student there does not lead.
     better = tuple(with_metric(row, fd_pixels=0.1) if row.steps == 8 else row for row in report.rows)
@@ -281,13 +287,16 @@ def test_headline_says_worse_when_it_is_worse(report: Report) -> None:
     assert ", equal to the teacher's 64-step figure, in 1/16 of the time" in answer.headline(replace(report, rows=even))
 
 
-def test_headline_says_when_intervals_overlap(report: Report) -> None:
+def test_headline_says_when_the_difference_is_within_noise(report: Report) -> None:
     def widen(row: Row, low: float, high: float) -> Row:
         return replace(row, metrics={**row.metrics, "fd_pixels": Measured(row.metrics["fd_pixels"].value, low, high)})
 
-    assert "overlap" not in answer.headline(report)  # [0.413, 0.452] and [0.518, 0.567]
-    rows = tuple(widen(r, 0.3, 0.52) if (r.model[7:], r.steps) == ("meanflow", 4) else r for r in report.rows)
-    assert answer.headline(replace(report, rows=rows)).endswith(" (the two 95% intervals overlap).")
+    assert "within noise" not in answer.headline(report)  # [0.413, 0.452] and [0.518, 0.567]
+    rows = tuple(widen(r, 0.3, 0.56) if (r.model[7:], r.steps) == ("meanflow", 4) else r for r in report.rows)
+    # 0.13 and 0.027 to the sides of 0.43 - 0.54.
+    assert answer.headline(replace(report, rows=rows)).endswith(
+        "; the difference of -0.110 is within noise, 95% interval [-0.267, 0.0470]."
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,9 +343,9 @@ def test_only_inception_is_called_fid(report: Report, written: Path) -> None:
     assert "FID" not in (written / "report.md").read_text().split("### Definitions")[0]
     rows = tuple(replace(row, metrics={"fid": row.metrics["fd_pixels"]}) for row in report.rows)
     inception = replace(report, rows=rows, reference={**report.reference, "extractors": {"inception": {"dim": 2048}}})
-    assert "FID@10k ↓" in tables.markdown_table(inception, ["fid"])
+    assert "fid10k ↓" in tables.markdown_table(inception, ["fid"])
     full = replace(inception, rows=tuple(replace(row, n=50_000) for row in rows))
-    assert "| FID ↓ |" in tables.markdown_table(full, ["fid"])
+    assert "| fid50k ↓ |" in tables.markdown_table(full, ["fid"])
 
 
 def test_pareto_front_of_a_worked_example() -> None:

@@ -5,19 +5,22 @@
     index.html     one page with everything in it, to read, print or send
     report.md      the same for GitHub, with figures/ and samples/ beside it
     card.md        a model card of the best student; of several students, cards/ has one each
-    results.csv    one line per row and metric; results.json, what all of this was made from
+    table.tex      the first table for LaTeX (booktabs)
+    results.csv    one line per number; results.json, what all of this was made from
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.report import answer, tables, wording
+from fewstep.evaluation.report import answer, changes, paper, tables, tidy, wording
 from fewstep.evaluation.report.card import model_card, students
+from fewstep.evaluation.report.changes import Changes
 from fewstep.evaluation.report.figures import HUES, Drawn, figures, floor_of, slug
-from fewstep.evaluation.report.grids import Grid, grids
+from fewstep.evaluation.report.grids import Grid, grids, neighbour_grids
+from fewstep.evaluation.report.latex import as_latex
 from fewstep.evaluation.results import Report
 from fewstep.files import write_atomic, write_json
 
@@ -41,23 +44,27 @@ DEFINITIONS = (
 )
 
 
-def write_report(report: Report, out: Path) -> Path:
-    """Write the report's files into ``out``, each whole or not at all, and return the path of ``index.html``."""
+def write_report(report: Report, out: Path, against: Changes | None = None) -> Path:
+    """Write the report's files into ``out``, each whole or not at all, and return the path of ``index.html``.
+
+    ``against`` is what changed since an older measurement (``changes.changes``); the pages open with it.
+    """
     if not report.rows:
         raise UsageError("these results hold no rows: nothing was measured, so there is nothing to report")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: the report needs a folder")
-    sampled, drawn = grids(report), figures(report)
+    sampled, nearest, drawn = grids(report), neighbour_grids(report), figures(report)
     for figure in drawn:
         write_atomic(out / "figures" / f"{figure.name}.svg", figure.svg)
         write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
-    for grid in sampled:
+    for grid in (*sampled, *nearest):
         write_atomic(out / "samples" / f"{grid.name}.png", grid.png)
     for path, text in _cards(report).items():
         write_atomic(out / path, text)
-    write_atomic(out / "results.csv", tables.as_csv(report))
+    write_atomic(out / "results.csv", tidy.as_csv(report))
+    write_atomic(out / "table.tex", _latex(report))
     write_json(out / "results.json", report.to_json())
-    content = _content(report, drawn, sampled)
+    content = _content(report, drawn, sampled, nearest, against)
     write_atomic(out / "report.md", _template("report.md.jinja")(**content))
     write_atomic(out / "index.html", _template("index.html.jinja")(**content))
     return out / "index.html"
@@ -76,10 +83,20 @@ def _cards(report: Report) -> dict[str, str]:
     return {"card.md": cards["card.md"]} if len(curves) == 1 else cards
 
 
-def _content(report: Report, drawn: list[Drawn], sampled: list[Grid]) -> dict[str, Any]:
+def _latex(report: Report) -> str:
+    table, data = paper.paper_table(report), str(report.reference.get("dataset") or "unnamed data")
+    known = wording.extractors(report)
+    caption = f"Few-step sampling on {data}. {tables.caption(report, ', '.join(known) or 'none', table)}"
+    return as_latex(table, caption, f"fewstep-{slug(data)}")
+
+
+def _content(
+    report: Report, drawn: list[Drawn], sampled: list[Grid], nearest: list[Grid], against: Changes | None
+) -> dict[str, Any]:
     """What both pages show, in their order."""
     known = wording.extractors(report)
     others = wording.other_metrics(report)
+    main, speed = paper.paper_table(report), paper.speed_table(report)
     return {
         "dataset": str(report.reference.get("dataset") or "unnamed data"),
         "headline": lambda code: answer.headline(report, code),
@@ -87,24 +104,56 @@ def _content(report: Report, drawn: list[Drawn], sampled: list[Grid]) -> dict[st
         "overview": tables.overview_table(report),
         "overview_caption": tables.overview_caption(report),
         "folded": len(report.rows) > MOST_OPEN_ROWS,
+        "paper": main,
+        "paper_caption": tables.caption(report, ", ".join(known) or "none", main),
+        "speed": speed,
+        "speed_caption": _speed_caption(report),
+        "classes": paper.class_tables(report),
+        "against": against,
+        "changed": against and _changed(against, ("better", "worse")),
+        "unsure": against and _changed(against, ("changed",)),
+        "unchanged": against and _changed(against, ("within noise", "equal")),
         "trainings": wording.trainings(report),
         "tables": [
             (extractor, table, tables.caption(report, extractor, table))
             for extractor in known
-            for table in [tables.results_table(report, wording.main_metrics(report, extractor))]
-        ]
-        or [("speed", tables.results_table(report, ()), "No metric was measured.")],
+            for table in [tables.results_table(report, wording.main_metrics(report, extractor), speed=False)]
+        ],
         "others": tables.metrics_table(report, others) if others else None,
         "figures": [figure for figure in drawn if not figure.name.endswith("-latency")],
         "fronts": [figure for figure in drawn if figure.name.endswith("-latency")],
         "grids": sampled,
+        "neighbours": nearest,
         "costs": tables.costs_table(report) if report.models else None,
         "hues": HUES,
         "definitions": DEFINITIONS,
         "provenance": _provenance(report),
+        "heavy": _heavy(report),
         "intervals": any(m.low is not None for row in report.rows for m in row.metrics.values()),
-        "csv": tables.as_csv(report),
+        "csv": tidy.as_csv(report),
     }
+
+
+def _changed(against: Changes, verdicts: Sequence[str]) -> tables.Table | None:
+    found = [change for change in against.changes if change.verdict in verdicts]
+    return changes.changes_table(found) if found else None
+
+
+def _heavy(report: Report) -> str:
+    """The metrics of which a few samples carry most of the variance, by row."""
+    rows = [(curve.label, row) for curve in answer.series(report) for row in curve.rows if row.heavy]
+    return "; ".join(f"{label} at {wording.plural(row.steps)}: {', '.join(row.heavy)}" for label, row in rows)
+
+
+def _speed_caption(report: Report) -> str:
+    """How times were taken, and on what."""
+    reference = answer.reference_row(report)
+    parts = ["p50 and p95: time of one sample at batch size 1; images/s: the best of the batch sizes measured"]
+    if reference is not None:
+        parts.append(f"speed-up against {answer.label_of(report, reference)} at {wording.plural(reference.steps)}")
+    machine = report.environment.get("accelerator") or report.environment.get("processor")
+    parts += [f"measured on {machine}"] if machine else []
+    return f"{'; '.join(parts)}."
 
 
 def _provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fewstep.evaluation.report.significance import Difference, difference
 from fewstep.evaluation.report.wording import (
+    counted,
     extractors,
+    interval,
     measured,
     number,
     of_extractor,
@@ -35,7 +38,9 @@ def series(report: Report) -> list[Series]:
     """Teachers, then students, as first met. A label says more than the model's name only where it must."""
 
     def traits(row: Row) -> tuple[str, ...]:
-        return (row.role, row.sampler, f"w = {row.guidance:g}", f"n = {row.n:,}", f"seed {row.seed}", row.digest[:8])
+        average = f"ema {row.ema}" if row.ema else "exported weights"
+        drawn = (f"n = {row.n:,}", f"seed {row.seed}")
+        return (row.role, row.sampler, f"w = {row.guidance:g}", average, *drawn, row.digest[:8])
 
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in report.rows:
@@ -108,39 +113,39 @@ def headline(report: Report, code: Callable[[str], str] = lambda name: f"`{name}
     metric, reference = primary(report), reference_row(report)
     if metric is None:
         return "No Fréchet distance was measured, so no student can be named best."
-    best = leading_student(report)
+    shown, best = code(counted(metric, report.rows)), leading_student(report)
     if best is None:
         if reference is None or value(reference, metric) is None:
-            return f"No row has a value of {code(metric)}."
+            return f"No row has a value of {shown}."
         found = number(value(reference, metric))
-        return f"No student was measured; at {plural(reference.steps)} the teacher has {code(metric)} {found}."
+        return f"No student was measured; at {plural(reference.steps)} the teacher has {shown} {found}."
     at, name, found = plural(best.steps), code(label_of(report, best)), with_spread(measured(best, metric))
     found += f" over {best.seeds} trainings" if best.seeds > 1 else ""
-    opening = f"At {at}, {name} has {code(metric)} {found}"
+    opening = f"At {at}, {name} has {shown} {found}"
     if reference is None:
         return f"{opening}; no teacher was measured beside it, so what was lost is not known."
     whose = "the teacher" if len({c.label for c in series(report) if c.role == "teacher"}) == 1 else None
     theirs = f"{whose or code(label_of(report, reference))}'s {reference.steps}-step figure"
     if reference.n != best.n:
         return f"{opening}; {theirs} is on another number of samples and does not compare."
-    quotient = ratio(best, reference, metric)
+    quotient, noise = ratio(best, reference, metric), difference(best, reference, metric)
     if quotient is None:
         return f"{opening}; {theirs} is {number(value(reference, metric))}, which gives no ratio."
     if number(value(best, metric)) == number(value(reference, metric)):
         sentence = f"{opening}, equal to {theirs}"
-    elif quotient < 1:
+    elif quotient < 1 or (noise is not None and noise.verdict() == "within noise"):
         sentence = f"{opening}, {number(quotient)}× {theirs} (lower is better)"
     else:
         several = len({c.label for c in series(report) if c.role == "student"}) > 1
         who = "even the best student" if several else "the student"
-        sentence = f"At {at}, {who} is worse than the teacher: {name} has {code(metric)} {found}, "
+        sentence = f"At {at}, {who} is worse than the teacher: {name} has {shown} {found}, "
         sentence += f"{number(quotient)}× {theirs}"
     faster = speed_up(best, reference)
     sentence += f", {times_as_long(faster)}" if faster else ""
-    return sentence + _recall_clause(best, reference, _recall_of(report, metric)) + _overlap(best, reference, metric)
+    return f"{sentence}{_recall_clause(best, reference, recall_of(report, metric))}{_noise_clause(noise)}."
 
 
-def _recall_of(report: Report, metric: str) -> str:
+def recall_of(report: Report, metric: str) -> str:
     return of_extractor("recall", split(metric, extractors(report))[1] or "inception")
 
 
@@ -153,8 +158,13 @@ def _recall_clause(best: Row, reference: Row, recall: str) -> str:
     return f"; recall {'falls' if mine < theirs else 'rises'} from {number(theirs)} to {number(mine)}"
 
 
-def _overlap(best: Row, reference: Row, metric: str) -> str:
-    a, b = measured(best, metric), measured(reference, metric)
-    if a is None or b is None or a.low is None or a.high is None or b.low is None or b.high is None:
-        return "."
-    return " (the two 95% intervals overlap)." if a.low <= b.high and b.low <= a.high else "."
+def _noise_clause(found: Difference | None) -> str:
+    """How sure the difference is, where an interval says so."""
+    if found is None or found.low is None or found.high is None:
+        return ""
+    what = "debiased difference" if "debiased" in found.metric else "difference"
+    what = f"paired {what}" if found.how == "paired" else what
+    within = interval(found.low, found.high)
+    if found.verdict() == "within noise":
+        return f"; the {what} of {number(found.value)} is within noise, 95% interval {within}"
+    return f"; the {what} is {number(found.value)}, 95% interval {within}"

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
-
 from fewstep.evaluation.report import answer, tables, wording
 from fewstep.evaluation.report.answer import Series
 from fewstep.evaluation.results import Model, Report, Row
@@ -16,36 +14,40 @@ def students(report: Report) -> list[Series]:
 
 def front_matter(report: Report, rows: Sequence[Row]) -> str:
     """Every measured number of a model as ``model-index`` results, each with the steps and NFE it was measured at."""
+    from huggingface_hub import EvalResult, ModelCardData
+
     dataset = str(report.reference.get("dataset") or "unknown")
     known = wording.extractors(report)
-    metrics: list[dict[str, Any]] = []
+    results = []
     for row in rows:
         for metric in row.metrics:
             if (found := wording.measured(row, metric)) is None:
                 continue
-            entry: dict[str, Any] = {
-                "type": metric,
-                "name": f"{wording.describe(metric, known)}, {wording.plural(row.steps)}, n = {row.n:,}",
-                "value": found.value,
-                "args": {
-                    **{"steps": row.steps, "nfe": row.nfe, "sampler": row.sampler},
-                    **{"guidance": row.guidance, "n": row.n, "seed": row.seed},
-                },
-            }
+            arguments: dict[str, Any] = {"steps": row.steps, "nfe": row.nfe, "sampler": row.sampler}
+            arguments |= {"guidance": row.guidance, "n": row.n, "seed": row.seed}
+            arguments |= {"ema": row.ema} if row.ema else {}
             if found.low is not None and found.high is not None:
-                entry["args"] |= {"low": found.low, "high": found.high}
+                arguments |= {"low": found.low, "high": found.high}
             if found.sd is not None:
-                entry["args"] |= {"sd": found.sd, "trainings": row.seeds}
-            metrics.append(entry)
-    task = {"type": "other", "name": "few-step generation"}
-    result = {"task": task, "dataset": {"type": dataset, "name": dataset}, "metrics": metrics}
+                arguments |= {"sd": found.sd, "trainings": row.seeds}
+            results.append(
+                EvalResult(
+                    task_type="other",
+                    task_name="few-step generation",
+                    dataset_type=dataset,
+                    dataset_name=dataset,
+                    metric_type=metric,
+                    metric_name=f"{wording.describe(metric, known)}, {wording.plural(row.steps)}, n = {row.n:,}",
+                    metric_value=found.value,
+                    metric_args=arguments,
+                )
+            )
     objective = [rows[0].objective] if rows[0].objective else []
-    card = {
-        "library_name": "fewstep",
-        "tags": ["flow-matching", "distillation", "few-step", *objective],
-        "model-index": [{"name": rows[0].model, "results": [result]}],
-    }
-    return yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120)
+    tags = ["flow-matching", "distillation", "few-step", *objective]
+    card = ModelCardData(library_name="fewstep", tags=tags)
+    if results:  # an index needs results
+        card = ModelCardData(library_name="fewstep", tags=tags, model_name=rows[0].model, eval_results=results)
+    return f"{card.to_yaml()}\n"
 
 
 def model_card(report: Report, curve: Series, render: Callable[..., str]) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.evaluation.report import answer, wording
 from fewstep.evaluation.report.answer import Series
-from fewstep.evaluation.results import Measured, Report
+from fewstep.evaluation.report.significance import beats
+from fewstep.evaluation.results import Measured, Report, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,13 +23,14 @@ HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B4B
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":")
 SIDESTEP_OCTAVES, MOST_OCTAVES = 0.02, 0.36  # between neighbours with bars, which would cover each other; between all
+ROOM = (16, 11)  # of a number beside a point, in pixels at matplotlib's 100 to the inch
 LABEL_INCHES = 0.195  # between names beside the ends of curves
 MOST_IN_LEGEND = 6
 """With more students than this a figure is wide, and names its curves beside their ends."""
 # A page puts its own light or dark colour in the place of each of these and of the hues.
 INK, MUTED, GRID, PAPER = "#1b1b1f", "#6a6d75", "#dcdde1", "#fefefe"
 WIDTH_INCHES, WIDE_INCHES = 5.0, 7.8
-HEIGHT_INCHES, TALL_INCHES, AROUND_INCHES = 3.1, 4.6, 0.85  # of a figure, of a wide one, of what is not the axes
+HEIGHT_INCHES, TALL_INCHES, AROUND_INCHES = 3.4, 4.6, 0.85  # of a figure, of a wide one, of what is not the axes
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -95,6 +97,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
+def dominated(rows: Sequence[Row], metric: str) -> list[int]:
+    """The rows than which another is better in the metric beyond noise (``significance.beats``) and no slower."""
+    timed = [(i, row, row.latency_ms) for i, row in enumerate(rows) if row.latency_ms]
+    return [
+        i
+        for i, row, ms in timed
+        if any(other_ms <= ms and beats(other, row, metric) for j, other, other_ms in timed if j != i)
+    ]
+
+
 def figures(report: Report) -> list[Drawn]:
     """For every extractor: distance and recall against steps, and distance against the time of one sample."""
     import matplotlib
@@ -132,31 +144,36 @@ def look_of(curves: Sequence[Series]) -> dict[str, dict[str, Any]]:
 
 def _against_steps(report: Report, metric: str) -> Drawn | None:
     curves, known = answer.series(report), wording.extractors(report)
-    lines = {c.label: [(r.steps, m) for r in c.rows if (m := wording.measured(r, metric))] for c in curves}
+    lines = {c.label: [(r.steps, m) for r in c.rows if (m := wording.measured(r, metric)) and r.steps] for c in curves}
     found = [m.value for line in lines.values() for _, m in line]
     if not found:
         return None
     # Of many curves the students take the axes for themselves: a teacher at few steps is far from all of them.
     wide = is_wide(curves)
-    framed = [m for c in curves if c.role == "student" or not wide for _, m in lines[c.label]]
-    values = [m.value for m in framed] or found
+    bars = {curve.label: _bars(curve, metric) for curve in curves}
+    framed_curves = [c for c in curves if c.role == "student" or not wide]
+    values = [m.value for c in framed_curves for _, m in lines[c.label]] or found
     reference = answer.reference_row(report)
     target = wording.value(reference, metric) if reference else None
     floor = floor_of(report, metric)
     logarithmic = wording.direction(metric) == "lower" and any(value > 0 for value in found)
-    ends = [end for m in framed for end in wording.ends(m) or ()]
+    ends = [end for c in framed_curves for _, *both in bars[c.label] for end in both]
     levels = [level for level in (floor, target) if level]
-    shown = [*values, *(end for end in ends if end > 0), *levels]
+    # A band that reaches below a tenth of every value is cut off there instead of squeezing all curves together.
+    least = min([value for value in values if value > 0], default=0.0) / 10
+    shown = [*values, *(end for end in ends if end > least), *levels]
     height, bottom = _heights(shown) if logarithmic else (float, None)
     figure, axes = _canvas(wide, len(curves))
     drawn = {}
     spread_out = any(m.sd is not None for line in lines.values() for _, m in line)
+    banded = not wide and not spread_out
     sidestep = min(SIDESTEP_OCTAVES, MOST_OCTAVES / len(curves))
     for i, curve in enumerate(curves):
         if lines[curve.label]:
-            aside = 2 ** (sidestep * (i - (len(curves) - 1) / 2)) if spread_out else 1.0
+            aside = 1.0 if banded else 2 ** (sidestep * (i - (len(curves) - 1) / 2))
             look = look_of(curves)[curve.label]
             drawn[curve.label] = _curve(axes, lines[curve.label], look, curve.label, height, aside)
+            _noise(axes, bars[curve.label], look["color"], height, aside, banded)
     levels_drawn = []
     if reference is not None and target is not None and (target > 0 or not logarithmic):
         label = f"teacher at {wording.plural(reference.steps)}"
@@ -166,7 +183,7 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
         levels_drawn.append(floor_line)
     axes.set_xlabel("solver steps")
     axes.set_ylabel(wording.describe(metric, known))
-    _step_axis(axes, [row.steps for c in curves if c.role == "student" or not wide for row in c.rows])
+    _step_axis(axes, [steps for c in framed_curves for steps, _ in lines[c.label]] or [1])
     caption = (
         f"{wording.first_upper(wording.describe(metric, known))} ({metric}) against solver steps, {_samples(report)}."
     )
@@ -182,10 +199,10 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
         caption += f" Dashed: real data against other real data, {wording.number(floor)}."
     if wide:
         caption += " The axes hold the students; what they leave out of the teacher is in the table."
-    if any(m.low is not None and m.high is not None for line in lines.values() for _, m in line):
-        caption += " Bars: 95% intervals."
     if spread_out:
         caption += f" Points and bars: {wording.trainings(report)}, set apart sideways to be seen."
+    elif any(bars.values()):
+        caption += f" {'Bands' if banded else 'Bars'}: 95% intervals{_around_what(report, metric)}."
     title = f"{wording.first_upper(wording.describe(metric, known))} against steps"
     return _finish(figure, handles, f"{metric}-steps", title, caption, wide, beside=not named)
 
@@ -193,9 +210,9 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
 def _against_latency(report: Report, metric: str) -> Drawn | None:
     curves, known = answer.series(report), wording.extractors(report)
     looks = look_of(curves)
-    # Row by row: label, steps, milliseconds, value.
+    # Row by row: label, row, milliseconds, value.
     points = [
-        (curve.label, row.steps, row.latency_ms, value)
+        (curve.label, row, row.latency_ms, value)
         for curve in curves
         for row in curve.rows
         if row.latency_ms and (value := wording.value(row, metric)) is not None
@@ -205,38 +222,40 @@ def _against_latency(report: Report, metric: str) -> Drawn | None:
     height, bottom = _heights([value for *_, value in points])
     wide = is_wide(curves)
     figure, axes = _canvas(wide, len(curves))
+    beaten = set(dominated([row for _, row, *_ in points], metric))
     front = [points[i] for i in pareto_front([(ms, value) for *_, ms, value in points])]
     xs, ys = [ms for _, _, ms, _ in front], [height(value) for *_, value in front]
     # Wide and pale, beneath everything: a band that joins the points nothing beats.
     band = axes.plot(xs, ys, color=MUTED, alpha=0.35, linewidth=6, solid_capstyle="round", zorder=1.5)
     band[0].set_label("not beaten by any other")
-    axes.plot(xs, ys, color=MUTED, linestyle="none", marker="o", markersize=11, markerfacecolor="none")
     handles = []
     numbered: list[tuple[int, float, float]] = []
+    crossed: list[tuple[int, float, float]] = []
     for curve in curves:
-        mine = [point for point in points if point[0] == curve.label]
+        mine = [(i, *point) for i, point in enumerate(points) if point[0] == curve.label]
         if not mine:
             continue
         look = {**looks[curve.label], "linestyle": "none"}
-        xs, ys = [ms for _, _, ms, _ in mine], [height(value) for *_, value in mine]
+        xs, ys = [ms for *_, ms, _ in mine], [height(value) for *_, value in mine]
         axes.plot(xs, ys, color=look["color"], linewidth=0.8, alpha=0.5)
-        handles += axes.plot(xs, ys, label=wording.shortened(curve.label), **look)
-        for (_, steps, *_), x, y in zip(mine, xs, ys, strict=True):
-            # Two models often meet at one step count, and one number then serves both.
-            unbeaten = any((label, steps) == (curve.label, at) for label, at, *_ in front)
-            if (unbeaten or not wide) and not any(steps == s and _near(x, a) and _near(y, b) for s, a, b in numbered):
-                axes.annotate(str(steps), (x, y), xytext=(6.5, 5), textcoords="offset points", fontsize=8)
-                numbered.append((steps, x, y))
+        handles += axes.plot([], [], label=wording.shortened(curve.label), **look)
+        for (i, _, row, *_), x, y in zip(mine, xs, ys, strict=True):
+            unbeaten = i not in beaten
+            axes.plot([x], [y], **(look if unbeaten else {**look, "markerfacecolor": PAPER, "alpha": 0.45}))
+            (numbered if unbeaten else crossed).append((row.steps, x, y))
     axes.set_xlabel("time of one sample, ms")
     axes.set_ylabel(wording.describe(metric, known))
     _log_axis(axes, "x", [ms for _, _, ms, _ in points])
     if any(value > 0 for *_, value in points):
         _log_axis(axes, "y", [height(value) for *_, value in points])
+    _number(axes, [*numbered, *(() if wide else crossed)])
     words = wording.first_upper(wording.describe(metric, known))
+    sure = any(_bars(curve, metric) for curve in curves)
+    judged = "beyond noise: the 95% interval of the difference excludes 0" if sure else "by the values alone"
     caption = (
         f"{words} ({metric}) against the median time of one sample at batch size 1, {_samples(report)}. Numbers are "
-        f"solver steps{', of points on the band' if wide else ''}. The band joins the points that no other beats in "
-        "both, judged by the values alone."
+        f"solver steps{', of filled points' if wide else ''}. The band joins the points of the front; a point is "
+        f"hollow and pale where another is as fast and better {judged}."
     )
     if wording.trainings(report):
         caption += " Distances are means, and times medians, over the trainings."
@@ -276,17 +295,63 @@ def _curve(
     height: Callable[[float], float],
     aside: float,
 ) -> Any:
-    """One model's line, ``aside`` times its steps to the right, with bars where there are intervals or spreads, and
-    hollow markers for values the axis has no place for."""
+    """One model's line, ``aside`` times its steps to the right, with hollow markers for values the axis has no place
+    for."""
     xs, ys = [steps * aside for steps, _ in line], [height(m.value) for _, m in line]
     handle = axes.plot(xs, ys, label=wording.shortened(label), **look)[0]
     for x, (_, m), y in zip(xs, line, ys, strict=True):
-        bar = wording.ends(m)
         if y != m.value:
             axes.plot([x], [y], color=look["color"], marker=look["marker"], markerfacecolor=PAPER, zorder=3)
-        elif bar is not None:
-            axes.plot([x, x], [height(bar[0]), height(bar[1])], color=look["color"], linewidth=1.1)
     return handle
+
+
+Bar = tuple[int, float, float]
+"""A step count and the ends of its noise."""
+
+
+def _bars(curve: Series, metric: str) -> list[Bar]:
+    """A curve's intervals or spreads; where a distance has none of its own, those of the debiased one."""
+    found = []
+    for row in curve.rows:
+        for name in (metric, wording.debiased(metric) or metric):
+            m = wording.measured(row, name)
+            if m is not None and row.steps and (ends := wording.bar(row, name)) is not None:
+                found.append((row.steps, *ends))
+                break
+    return found
+
+
+def _around_what(report: Report, metric: str) -> str:
+    """What intervals are of, where that is not plain."""
+    better, rows = wording.debiased(metric), report.rows
+    own = any(wording.bar(row, metric) for row in rows)
+    if not own and any(better in row.metrics for row in rows):
+        return f" of the debiased distance, which lies below the plain one by the bias of {_samples(report)}"
+    shares = ("precision", "recall", "density", "coverage")
+    return ", given the manifold estimate" if metric.startswith(shares) else ""
+
+
+def _noise(
+    axes: "Axes", bars: Sequence[Bar], colour: str, height: Callable[[float], float], aside: float, banded: bool
+) -> None:
+    """A band along a curve, or one bar beside each point."""
+    xs = [steps * aside for steps, *_ in bars]
+    low, high = [height(bar[1]) for bar in bars], [height(bar[2]) for bar in bars]
+    if banded and len(bars) > 1:
+        axes.fill_between(xs, low, high, color=colour, alpha=0.26, linewidth=0, zorder=1.4)
+        return
+    for x, bottom, top in zip(xs, low, high, strict=True):
+        axes.plot([x, x], [bottom, top], color=colour, linewidth=1.1)
+
+
+def _number(axes: "Axes", points: Sequence[tuple[int, float, float]]) -> None:
+    """Write steps beside points ``(steps, x, y)``, earlier ones first, as far as the numbers leave each other room."""
+    taken: list[tuple[float, float]] = []
+    for steps, x, y in points:
+        a, b = axes.transData.transform((x, y))
+        if steps and not any(abs(a - c) < ROOM[0] and abs(b - d) < ROOM[1] for c, d in taken):
+            axes.annotate(str(steps), (x, y), xytext=(6.5, 5), textcoords="offset points", fontsize=8)
+            taken.append((a, b))
 
 
 def _name_at_ends(axes: "Axes", drawn: dict[str, Any], figure_height: float) -> list[str]:
@@ -343,10 +408,6 @@ def _heights(values: Sequence[float]) -> tuple[Callable[[float], float], float |
         return float, None
     bottom = min(positive) / 2
     return lambda value: value if value > 0 else bottom, bottom
-
-
-def _near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=0.18)
 
 
 def _unit_limits(values: Sequence[float]) -> tuple[float, float]:

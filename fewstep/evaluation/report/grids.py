@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.errors import UsageError
 from fewstep.evaluation.report import answer, wording
@@ -46,7 +46,7 @@ def grids(report: Report) -> list[Grid]:
     drawn: list[Grid] = []
     for curve, rows in curves:
         top = reference if reference is not None and reference.samples_png and curve.role == "student" else None
-        lines = [(f"{row.steps} step{'s' if row.steps > 1 else ''}", tiles(row)) for row in reversed(rows)]
+        lines = [(wording.plural(row.steps), tiles(row)) for row in reversed(rows)]
         caption = "Each column starts from the same noise."
         if top is not None:
             lines.insert(0, (f"teacher\n{wording.plural(top.steps)}", tiles(top)))
@@ -57,14 +57,35 @@ def grids(report: Report) -> list[Grid]:
     return drawn
 
 
-def tiles(row: Row) -> "list[Image]":
+def neighbour_grids(report: Report) -> list[Grid]:
+    """One grid per student that has them: samples at its fewest steps, with the nearest training image under each."""
+    drawn: list[Grid] = []
+    for curve in answer.series(report):
+        row = next((row for row in curve.rows if row.samples_png and row.neighbours_png), None)
+        if row is None or curve.role == "teacher":
+            continue
+        lines = [
+            (f"sample\n{wording.plural(row.steps)}", tiles(row)),
+            ("nearest\nin training", tiles(row, "neighbours")),
+        ]
+        caption = (
+            "Top: samples. Below each: the training image that is nearest to it in the features of the evaluation."
+        )
+        name = f"neighbours-{slug(curve.label)}"
+        name = f"{name}-{len(drawn) + 1}" if name in {grid.name for grid in drawn} else name
+        drawn.append(Grid(name, curve.label, caption, _draw(lines, rule=False)))
+    return drawn
+
+
+def tiles(row: Row, which: Literal["samples", "neighbours"] = "samples") -> "list[Image]":
     """A row's strip cut into its images, which are square; a strip of another shape stays one picture."""
     from PIL import Image, UnidentifiedImageError
 
+    png = row.samples_png if which == "samples" else row.neighbours_png
     try:
-        strip = Image.open(io.BytesIO(base64.b64decode(row.samples_png or "", validate=True))).convert("RGBA")
+        strip = Image.open(io.BytesIO(base64.b64decode(png or "", validate=True))).convert("RGBA")
     except (binascii.Error, UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"the samples of {row.model} at {wording.plural(row.steps)} are not a PNG: {error}") from error
+        raise UsageError(f"the {which} of {row.model} at {wording.plural(row.steps)} are not a PNG: {error}") from error
     white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, strip).convert("RGB")
     side = flat.height if flat.width % flat.height == 0 else flat.width

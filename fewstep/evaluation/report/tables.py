@@ -1,7 +1,5 @@
 """The tables: HTML, Markdown, CSV and the terminal render the same cells."""
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,21 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.evaluation.report.answer import (
     FEW_STEPS,
-    _recall_of,
     best_student,
     label_of,
     ratio,
+    recall_of,
     reference_row,
     series,
     speed_up,
 )
+from fewstep.evaluation.report.significance import difference, within_noise
 from fewstep.evaluation.report.wording import (
+    ARROWS,
     DASH,
+    bar,
     count,
+    counted,
     direction,
     duration,
     extractors,
     first_upper,
+    interval,
     measured,
     metric_names,
     number,
@@ -38,15 +41,14 @@ from fewstep.evaluation.report.wording import (
     value,
     with_spread,
 )
-from fewstep.evaluation.results import Measured, Report, Row
+from fewstep.evaluation.results import Model, Report, Row
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-CSV_COLUMNS = (
-    *("model", "role", "objective", "steps", "nfe", "sampler", "guidance", "n", "seed"),
-    *("metric", "value", "low", "high", "latency_ms", "images_per_s", "params", "sd", "seeds"),
-)
+
+MOST_ACROSS = 12
+"""Columns, an interval counted as one, that fit a page side by side."""
 
 
 @dataclass(frozen=True)
@@ -74,79 +76,98 @@ class Table:
         shared = [(group, len(list(run))) for group, run in groupby(self.columns, key=lambda column: column.group)]
         return shared if any(group for group, _ in shared) else []
 
+    def crowded(self) -> bool:
+        """Whether intervals go below their numbers, because there is no room beside them."""
+        intervals = sum(any(cell.interval for cell in column.cells) for column in self.columns)
+        return bool(self.groups()) or len(self.columns) + intervals > MOST_ACROSS
+
     def lines(self) -> list[tuple[str, list[tuple[Column, Cell]]]]:
         return [(role, [(c, c.cells[i]) for c in self.columns]) for i, role in enumerate(self.roles)]
 
 
-def _column(head: str, texts: Sequence[str], words: bool = False) -> Column:
+def column(head: str, texts: Sequence[str], words: bool = False) -> Column:
     return Column(head, tuple(Cell(text) for text in texts), words)
 
 
-def _kept(columns: Sequence[Column]) -> tuple[Column, ...]:
+def kept(columns: Sequence[Column]) -> tuple[Column, ...]:
     """The columns in which something was measured."""
     return tuple(column for column in columns if any(cell.text != DASH for cell in column.cells))
 
 
-def _metric_column(rows: Sequence[Row], metric: str, head: str) -> Column:
+def metric_column(rows: Sequence[Row], metric: str, head: str) -> Column:
+    """A metric's values with their intervals; the best of each step count is marked, and what is within noise of it."""
     better = direction(metric)
     cells = []
     for row in rows:
         found = measured(row, metric)
-        rivals = [value(other, metric) for other in rows if (other.steps, other.n) == (row.steps, row.n)]
-        known = [rival for rival in rivals if rival is not None]
-        best = len(known) > 1 and found is not None and better is not None
-        best = best and found is not None and found.value == (min if better == "lower" else max)(known)
-        cells.append(Cell(number(found.value if found else None), _interval(found), best))
-    return Column(head + _ARROWS[better], tuple(cells))
+        rivals = [r for r in rows if (r.steps, r.n) == (row.steps, row.n) and value(r, metric) is not None]
+        best = len(rivals) > 1 and found is not None and better is not None
+        if best:
+            leader = (min if better == "lower" else max)(rivals, key=lambda r: value(r, metric) or 0.0)
+            best = value(leader, metric) == value(row, metric) or within_noise(row, leader, metric)
+        cells.append(Cell(number(found.value if found else None), interval_of(row, metric), best))
+    return Column(head + ARROWS[better], tuple(cells))
 
 
-def _interval(found: Measured | None) -> str:
+def interval_of(row: Row, metric: str) -> str:
     """What stands small beside a number: its interval, or its spread over trainings."""
+    found = measured(row, metric)
     if found is None:
         return ""
-    if found.low is not None and found.high is not None:
-        return f"[{number(found.low)}, {number(found.high)}]"
-    return spread(found.value, found.sd)
-
-
-_ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
+    if found.sd is not None:
+        return spread(found.value, found.sd)
+    shown = bar(row, metric)
+    return interval(*shown) if shown else ""
 
 
 def head_of(metric: str, rows: Sequence[Row], known: Sequence[str], short: bool) -> str:
-    """A column's head: FID says its sample count below 50,000; others drop the extractor that a caption names."""
+    """A column's head: FID says its sample count; others drop the extractor that a caption names."""
     base, extractor = split(metric, known)
-    if metric == "fid":
-        counts = {row.n for row in rows}
-        smallest = min(counts)
-        at = f"{smallest / 1000:g}k" if smallest % 1000 == 0 else str(smallest)
-        return "FID" if smallest >= 50_000 else f"FID@{at}" if len(counts) == 1 else "FID@n"
-    return base if short and extractor is not None and base != "fd" else metric
+    if extractor in (None, "inception"):
+        return counted(metric, rows)
+    return base if short and not base.startswith("fd") else metric
 
 
-def results_table(report: Report, metrics: Sequence[str]) -> Table:
-    """One line per row, teachers first, the best of each step count marked; the ratio is that of the first metric."""
+def results_table(report: Report, metrics: Sequence[str], speed: bool = True) -> Table:
+    """One line per row, teachers first, the best of each step count marked; the ratio is that of the first metric, and
+    so is the difference to the teacher at most steps, where its interval is known."""
     curves = series(report)
     rows = [row for curve in curves for row in curve.rows]
     labels = [curve.label for curve in curves for _ in curve.rows]
     known, reference = extractors(report), reference_row(report)
     short = len({split(metric, known)[1] for metric in metrics} - {None}) == 1
-    columns = [_metric_column(rows, metric, head_of(metric, rows, known, short)) for metric in metrics]
+    columns = [metric_column(rows, metric, head_of(metric, rows, known, short)) for metric in metrics]
     if metrics and direction(metrics[0]) == "lower":
-        columns.insert(1, _column("ratio", [number(ratio(row, reference, metrics[0])) for row in rows]))
+        columns.insert(1, column("ratio", [number(ratio(row, reference, metrics[0])) for row in rows]))
+        columns.insert(2, difference_column(rows, reference, metrics[0]))
     if len({row.n for row in rows}) > 1:
-        columns.insert(0, _column("n", [f"{row.n:,}" for row in rows]))
+        columns.insert(0, column("n", [f"{row.n:,}" for row in rows]))
     columns = [
-        _column("model", labels, words=True),
-        _column("objective", [row.objective or DASH for row in rows], words=True),
-        _column("steps", [str(row.steps) for row in rows]),
-        _column("NFE", [str(row.nfe) for row in rows]),
+        column("model", labels, words=True),
+        column("objective", [row.objective or DASH for row in rows], words=True),
+        column("steps", [str(row.steps or DASH) for row in rows]),
+        column("NFE", [str(row.nfe or DASH) for row in rows]),
         *columns,
-        _column("latency ms", [number(row.latency_ms) for row in rows]),
-        _column("images/s", [number(row.images_per_s) for row in rows]),
-        _column("speed-up", [number(speed_up(row, reference)) for row in rows]),
-        _column("params", [count(row.params) for row in rows]),
     ]
-    return Table(_kept(columns), tuple(row.role for row in rows))
+    if speed:
+        columns += [
+            column("latency ms", [number(row.latency_ms) for row in rows]),
+            column("images/s", [number(row.images_per_s) for row in rows]),
+            column("speed-up", [number(speed_up(row, reference)) for row in rows]),
+            column("params", [count(row.params) for row in rows]),
+        ]
+    return Table(kept(columns), tuple(row.role for row in rows))
+
+
+def difference_column(rows: Sequence[Row], reference: Row | None, metric: str) -> Column:
+    """Each row's metric minus the reference row's, with its interval; a dash where no interval is known."""
+    cells = []
+    for row in rows:
+        found = difference(row, reference, metric) if reference is not None and row is not reference else None
+        known = found is not None and found.low is not None
+        within = interval(found.low, found.high) if found is not None and known else ""
+        cells.append(Cell(number(found.value) if found is not None and known else DASH, within))
+    return Column("Δ teacher", tuple(cells))
 
 
 def metrics_table(report: Report, metrics: Sequence[str]) -> Table:
@@ -154,11 +175,11 @@ def metrics_table(report: Report, metrics: Sequence[str]) -> Table:
     curves = series(report)
     rows = [row for curve in curves for row in curve.rows]
     columns = [
-        _column("model", [curve.label for curve in curves for _ in curve.rows], words=True),
-        _column("steps", [str(row.steps) for row in rows]),
-        *(_metric_column(rows, metric, metric) for metric in metrics),
+        column("model", [curve.label for curve in curves for _ in curve.rows], words=True),
+        column("steps", [str(row.steps) for row in rows]),
+        *(metric_column(rows, metric, metric) for metric in metrics),
     ]
-    return Table(_kept(columns), tuple(row.role for row in rows))
+    return Table(kept(columns), tuple(row.role for row in rows))
 
 
 def overview_table(report: Report) -> Table | None:
@@ -171,20 +192,20 @@ def overview_table(report: Report) -> Table | None:
     if metric is None or sum(curve.role == "student" for curve in curves) < 2:
         return None
     curves = [curve for curve in curves if any(row.steps in steps for row in curve.rows)]
-    metrics = _distances(report)
-    metrics += [name for name in (_recall_of(report, metric),) if name in metric_names(report)]
-    columns = [_column("model", [curve.label for curve in curves], words=True)]
+    metrics = distances(report)
+    metrics += [name for name in (recall_of(report, metric),) if name in metric_names(report)]
+    columns = [column("model", [curve.label for curve in curves], words=True)]
     for name in metrics:
         better = direction(name)
         for number_of_steps in steps:
             rows = [next((row for row in curve.rows if row.steps == number_of_steps), None) for curve in curves]
             cells = [_overview_cell(row, [r for r in rows if r is not None], name) for row in rows]
-            columns.append(Column(str(number_of_steps), tuple(cells), group=name + _ARROWS[better]))
-    return Table(_kept(columns), tuple(curve.role for curve in curves))
+            columns.append(Column(str(number_of_steps), tuple(cells), group=name + ARROWS[better]))
+    return Table(kept(columns), tuple(curve.role for curve in curves))
 
 
 def _overview_cell(row: Row | None, rows: Sequence[Row], metric: str) -> Cell:
-    return Cell(DASH) if row is None else _metric_column(rows, metric, "").cells[rows.index(row)]
+    return Cell(DASH) if row is None else metric_column(rows, metric, "").cells[rows.index(row)]
 
 
 def overview_caption(report: Report) -> str:
@@ -194,13 +215,13 @@ def overview_caption(report: Report) -> str:
         parts.insert(0, f"{first_upper(said)} (n - 1), each with a teacher of its own")
     reference, metric = reference_row(report), primary(report)
     if reference is not None and metric is not None:
-        names = [name for name in (*_distances(report), _recall_of(report, metric)) if measured(reference, name)]
+        names = [name for name in (*distances(report), recall_of(report, metric)) if measured(reference, name)]
         figures = ", ".join(f"{name} {with_spread(measured(reference, name))}" for name in names)
         parts.append(f"{label_of(report, reference)} at {plural(reference.steps)}: {figures}")
     return ". ".join(parts) + ". Bold: the best of each column."
 
 
-def _distances(report: Report) -> list[str]:
+def distances(report: Report) -> list[str]:
     """Each extractor's Fréchet distance."""
     return [name for name in (of_extractor("fd", e) for e in extractors(report)) if name in metric_names(report)]
 
@@ -217,37 +238,45 @@ def glance_table(report: Report) -> Table | None:
     known = extractors(report)
     head = head_of(metric, best, known, short=True)
     most = f"× teacher at {reference.steps}" if reference else "× teacher"
-    recall = _recall_of(report, metric)
+    recall = recall_of(report, metric)
 
     def teacher_at(steps: int, n: int) -> float | None:
         same = [row for row in report.rows if (row.role, row.steps, row.n) == ("teacher", steps, n)]
         return min((v for row in same if (v := value(row, metric)) is not None), default=None)
 
     columns = [
-        _column("steps", [str(row.steps) for row in best]),
-        _column("best student", [label_of(report, row) for row in best], words=True),
-        _column(head, [with_spread(measured(row, metric)) for row in best]),
-        _column(most, [number(ratio(row, reference, metric)) for row in best]),
-        _column("teacher, same steps", [number(teacher_at(row.steps, row.n)) for row in best]),
-        _column("recall", [with_spread(measured(row, recall)) for row in best]),
-        _column("speed-up", [number(speed_up(row, reference)) for row in best]),
+        column("steps", [str(row.steps) for row in best]),
+        column("best student", [label_of(report, row) for row in best], words=True),
+        column(head, [with_spread(measured(row, metric)) for row in best]),
+        column(most, [number(ratio(row, reference, metric)) for row in best]),
+        column("teacher, same steps", [number(teacher_at(row.steps, row.n)) for row in best]),
+        column("recall", [with_spread(measured(row, recall)) for row in best]),
+        column("speed-up", [number(speed_up(row, reference)) for row in best]),
     ]
-    return Table(_kept(columns), tuple("student" for _ in best))
+    return Table(kept(columns), tuple("student" for _ in best))
 
 
 def costs_table(report: Report) -> Table:
-    """What training each model took."""
+    """What training each model took, and a student with the teacher that it learnt from."""
     models = sorted(report.models, key=lambda model: model.role != "teacher")
+    digests = {row.digest: row.model for row in report.rows if row.role == "teacher"}
+    seconds = {model.name: model.train_s for model in models}
+
+    def whole(model: Model) -> str:
+        taught = seconds.get(digests.get(model.teacher_digest or "", ""))
+        return duration(model.train_s + taught) if taught else DASH
+
     columns = [
-        _column("model", [model.name for model in models], words=True),
-        _column("role", [model.role for model in models], words=True),
-        _column("objective", [model.objective or DASH for model in models], words=True),
-        _column("params", [count(model.params) for model in models]),
-        _column("training steps", [f"{model.train_steps:,}" for model in models]),
-        _column("samples seen", [count(model.train_samples) for model in models]),
-        _column("training time", [duration(model.train_s) for model in models]),
+        column("model", [model.name for model in models], words=True),
+        column("role", [model.role for model in models], words=True),
+        column("objective", [model.objective or DASH for model in models], words=True),
+        column("params", [count(model.params) for model in models]),
+        column("training steps", [f"{model.train_steps:,}" for model in models]),
+        column("samples seen", [count(model.train_samples) for model in models]),
+        column("training time", [duration(model.train_s) for model in models]),
+        column("with its teacher's", [whole(model) for model in models]),
     ]
-    return Table(_kept(columns), tuple(model.role for model in models))
+    return Table(kept(columns), tuple(model.role for model in models))
 
 
 def caption(report: Report, extractor: str, table: Table) -> str:
@@ -262,10 +291,16 @@ def caption(report: Report, extractor: str, table: Table) -> str:
     if reference is not None:
         against = f"{label_of(report, reference)} at {plural(reference.steps)}"
         parts.append(f"ratio and speed-up against {against}")
-    bold = (
-        " Bold: the best of each step count." if any(c.best for column in table.columns for c in column.cells) else ""
-    )
-    return f"{first_upper('; '.join(parts))}.{bold} ↓ lower is better, ↑ higher is better."
+    if any(column.head == "Δ teacher" for column in table.columns):
+        parts.append("Δ teacher: the difference to it with its 95% interval, of debiased values where there are")
+    return f"{first_upper('; '.join(parts))}.{bold_words(table)} ↓ lower is better, ↑ higher is better."
+
+
+def bold_words(table: Table) -> str:
+    """What bold means, where something is."""
+    if not any(cell.best for column in table.columns for cell in column.cells):
+        return ""
+    return " Bold: the best of each step count, and what is within noise of it where intervals are known."
 
 
 # --- renderings --------------------------------------------------------------------------------------------------
@@ -306,50 +341,34 @@ def markdown_table(report: Report, metrics: Sequence[str]) -> str:
     return as_markdown(results_table(report, metrics))
 
 
-def as_csv(report: Report) -> str:
-    """One line per row and metric, at full precision; a row without metrics keeps one line."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in report.rows:
-        head = (row.model, row.role, row.objective, row.steps, row.nfe, row.sampler, row.guidance, row.n, row.seed)
-        tail: tuple[Any, ...] = (row.latency_ms, row.images_per_s, row.params)
-        for metric in row.metrics or ("",):
-            found = measured(row, metric)
-            values = (found.value, found.low, found.high) if found else ("", "", "")
-            writer.writerow((*head, metric, *values, *tail, found.sd if found else "", row.seeds))
-    return out.getvalue()
-
-
 def console_table(report: Report) -> "RichTable":
     """The rows for a terminal of 100 columns: each extractor's distance, the primary's recall and ratio, speed."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
     known, reference, metric = extractors(report), reference_row(report), primary(report)
-    recall = _recall_of(report, metric) if metric else ""
-    distances = _distances(report)
+    recall = recall_of(report, metric) if metric else ""
     curves = series(report)
     rows = [row for curve in curves for row in curve.rows]
     columns = [
-        _column("steps", [str(row.steps) for row in rows]),
-        _column("NFE", [str(row.nfe) for row in rows]),
-        *(_metric_column(rows, name, head_of(name, rows, known, short=True)) for name in distances),
-        _metric_column(rows, recall, "recall"),
-        _column("ratio", [number(ratio(row, reference, metric or "")) for row in rows]),
-        _column("ms", [number(row.latency_ms) for row in rows]),
-        _column("images/s", [number(row.images_per_s) for row in rows]),
+        column("steps", [str(row.steps) for row in rows]),
+        column("NFE", [str(row.nfe) for row in rows]),
+        *(metric_column(rows, name, head_of(name, rows, known, short=True)) for name in distances(report)),
+        metric_column(rows, recall, "recall"),
+        column("ratio", [number(ratio(row, reference, metric or "")) for row in rows]),
+        column("ms", [number(row.latency_ms) for row in rows]),
+        column("images/s", [number(row.images_per_s) for row in rows]),
     ]
     if trainings(report):  # spreads take the room of these two
-        columns = [_spelt_out(column) for column in columns if column.head not in ("NFE", "images/s")]
+        columns = [_spelt_out(each) for each in columns if each.head not in ("NFE", "images/s")]
     table = RichTable(header_style="bold", pad_edge=False)
     table.add_column("model", no_wrap=True)
-    columns = list(_kept(columns))
+    columns = list(kept(columns))
     room = 100 - 3  # of a terminal's width, what the numbers and the rules leave to the names
-    for column in columns:
-        head = column.head.replace("_", "\n", 1)
+    for each in columns:
+        head = each.head.replace("_", "\n", 1)
         table.add_column(head, justify="right", no_wrap=True)
-        room -= 3 + max(map(len, [*head.split("\n"), *(cell.text for cell in column.cells)]))
+        room -= 3 + max(map(len, [*head.split("\n"), *(cell.text for cell in each.cells)]))
     labels = [curve.label for curve in curves for _ in curve.rows]
     for i, row in enumerate(rows):
         last = i + 1 == len(rows) or labels[i + 1] != labels[i]

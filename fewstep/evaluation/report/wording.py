@@ -7,6 +7,8 @@ from typing import Literal
 from fewstep.evaluation.results import Measured, Report, Row
 
 DASH = "–"
+ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
+"""Which way is better, behind the name of a metric."""
 INCEPTION = frozenset(("fid", "fid_debiased", "kid", "sfid", "is", "precision", "recall", "density", "coverage"))
 
 
@@ -36,11 +38,28 @@ def with_spread(found: Measured | None) -> str:
     return " ".join(filter(None, (number(found.value), spread(found.value, found.sd)))) if found else DASH
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """``[low, high]``; nothing where there is none."""
+    return "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
+
+
 def ends(found: Measured) -> tuple[float, float] | None:
-    """The ends of a measurement's bar: its interval, or one standard deviation to both sides."""
-    if found.low is not None and found.high is not None:
+    """The ends of a measurement's bar: its interval, or one standard deviation to both sides.
+
+    An interval that leaves its own value out is around another one, and not given.
+    """
+    if found.low is not None and found.high is not None and found.low <= found.value <= found.high:
         return found.low, found.high
     return None if found.sd is None else (found.value - found.sd, found.value + found.sd)
+
+
+def bar(row: Row, metric: str) -> tuple[float, float] | None:
+    """``ends`` of a row's metric. A Fréchet distance whose interval is that of its debiased value has none of its own:
+    the plain value lies above by its bias."""
+    found, better = measured(row, metric), measured(row, debiased(metric) or "")
+    if found is None or (better is not None and better.low is not None):
+        return None
+    return ends(found)
 
 
 def trainings(report: Report) -> str:
@@ -85,6 +104,8 @@ def shortened(label: str, most: int = 44) -> str:
 
 
 def plural(steps: int) -> str:
+    if not steps:  # samples from elsewhere
+        return "unknown steps"
     return f"{steps} step" if steps == 1 else f"{steps} steps"
 
 
@@ -130,8 +151,30 @@ def split(metric: str, known: Sequence[str]) -> tuple[str, str | None]:
 def of_extractor(name: str, extractor: str) -> str:
     """The metric's name on an extractor: only Inception's Fréchet distance is called FID."""
     if extractor == "inception":
-        return {"fd": "fid", "kd": "kid"}.get(name, name)
+        return {"fd": "fid", "kd": "kid", "fd_debiased": "fid_debiased"}.get(name, name)
     return f"{name}_{extractor}"
+
+
+def debiased(metric: str) -> str | None:
+    """The name of a Fréchet distance's estimate without the bias of a finite sample."""
+    if metric == "fid":
+        return "fid_debiased"
+    plain = metric.startswith("fd_") and not metric.startswith("fd_debiased_")
+    return f"fd_debiased_{metric.removeprefix('fd_')}" if plain else None
+
+
+def counted(metric: str, rows: Sequence[Row]) -> str:
+    """A metric's name with its sample count where that is custom: ``fid50k``, ``fid10k_debiased``; ``fid@n`` of many.
+
+    Only Inception's distances are called so.
+    """
+    stem = next((stem for stem in ("sfid", "fid") if metric in (stem, f"{stem}_debiased")), None)
+    if stem is None:
+        return metric
+    counts = {row.n for row in rows}
+    least = min(counts, default=0)
+    at = "@n" if len(counts) != 1 else f"{least // 1000}k" if least % 1000 == 0 else str(least)
+    return f"{stem}{at}{metric.removeprefix(stem)}"
 
 
 def is_gap(metric: str) -> bool:
@@ -141,7 +184,9 @@ def is_gap(metric: str) -> bool:
 def main_metrics(report: Report, extractor: str) -> list[str]:
     """The columns of one extractor's table; the teacher gaps that need no extractor stand in the primary table."""
     known = extractors(report)
-    here = [of_extractor(base, extractor) for base in ("fd", "recall", "precision", "density", "coverage")]
+    here = [
+        of_extractor(base, extractor) for base in ("fd", "fd_debiased", "recall", "precision", "density", "coverage")
+    ]
     homes = (extractor, None) if extractor == known[0] else (extractor,)
     gaps = [name for name in metric_names(report) if is_gap(name) and split(name, known)[1] in homes]
     return [name for name in here if name in metric_names(report)] + gaps
@@ -160,15 +205,19 @@ def primary(report: Report) -> str | None:
 
 def direction(metric: str) -> Literal["lower", "higher"] | None:
     """Which way is better. Density has no better way: its ideal is one."""
-    if metric.startswith(("precision", "recall", "coverage")) or metric in ("is", "authpct"):
+    if metric.startswith(("precision", "recall", "coverage", "is_", "authentic")) or metric == "is":
         return "higher"
-    distance = metric.startswith(("fid", "fd_", "sfid", "kid", "kd_", "cmmd", "w2", "straightness"))
+    distance = metric.startswith(("fid", "fd_", "sfid", "kid", "kd_", "cmmd", "w2", "straightness", "memorised"))
     return "lower" if distance or is_gap(metric) else None
 
 
 def describe(metric: str, known: Sequence[str]) -> str:
     """A metric's name in words."""
     base, extractor = split(metric, known)
-    words = {"fid": "FID", "kid": "KID", "fd": "Fréchet distance", "kd": "kernel distance"}.get(base)
+    words = {
+        **{"fid": "FID", "kid": "KID", "sfid": "sFID", "fid_debiased": "FID, debiased"},
+        **{"fd": "Fréchet distance", "kd": "kernel distance", "fd_debiased": "Fréchet distance, debiased,"},
+        "is": "Inception score" if extractor == "inception" else "classifier score",
+    }.get(base)
     words = words or base.replace("_", " ")
     return words if extractor in (None, "inception") else f"{words} on {extractor}"
