@@ -392,7 +392,8 @@ def _build_student(config: RunConfig, teacher: Teacher | None, data: Dataset) ->
             raise UsageError("student.network differs from the teacher's: leave it out, or set student.init to scratch")
         network = teacher.network
     network = network_of(config.student, network)
-    drops = bool(getattr(config.objective, "guidance", None) or getattr(config.objective, "label_dropout", None))
+    said = config.objective.model_dump()
+    drops = bool(said.get("guidance") or said.get("label_dropout"))
     if drops and isinstance(network, ForeignBlock) and data.conditional and not knows_none(network):
         raise UsageError(
             f"the student's network ({network.kind}) has nothing that stands for no class: it cannot be guided by "

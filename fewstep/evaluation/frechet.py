@@ -85,9 +85,9 @@ def frechet_distance(ref: Moments, gen: Moments) -> float:
 def half_split(quarters: Sequence[Moments], ref: Moments) -> float:
     """The Fréchet distance of a sample to ``ref`` less most of the bias that its finite size adds; may be below 0.
 
-    ``quarters`` are the moments of four disjoint parts of the sample, equally large up to one row. The bias of the plain
-    distance is close to ``c / n``, so halves have twice that of the whole: ``2 FD_N`` less the mean over the six halves
-    that the quarters make. Seven distances in all.
+    ``quarters`` are the moments of four disjoint parts of the sample, equally large up to one row. The bias of the
+    plain distance is close to ``c / n``, so halves have twice that of the whole: ``2 FD_N`` less the mean over the six
+    halves that the quarters make. Seven distances in all.
     """
     if len(quarters) != 4:
         raise ValueError(f"half splits are made of four disjoint parts, got {len(quarters)}")
