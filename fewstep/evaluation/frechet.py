@@ -85,19 +85,19 @@ def frechet_distance(ref: Moments, gen: Moments) -> float:
 def half_split(quarters: Sequence[Moments], ref: Moments) -> float:
     """The Fréchet distance of a sample to ``ref`` less most of the bias that its finite size adds; may be below 0.
 
-    ``quarters`` are the moments of four disjoint parts of the sample, equally large up to one row. The bias of the
-    plain distance is close to ``c / n``, so halves have twice that of the whole: ``2 FD_N`` less the mean over the six
-    halves that the quarters make. Seven distances in all.
+    ``quarters`` are the moments of four disjoint parts of the sample. The bias of the plain distance is close to
+    ``c / n``, so the six halves that they make have twice that of the whole, and ``2 FD_N`` less their mean has none.
+    Where the parts are not equally large, the factor follows from the sizes. Seven distances in all.
     """
     if len(quarters) != 4:
         raise ValueError(f"half splits are made of four disjoint parts, got {len(quarters)}")
-    if max(part.n for part in quarters) - min(part.n for part in quarters) > 1:
-        raise ValueError(f"the four parts are equally large, got {', '.join(str(part.n) for part in quarters)}")
     a, b, c, d = quarters
     halves = [merge(*pair) for pair in ((a, b), (c, d), (a, c), (b, d), (a, d), (b, c))]
     whole = merge(halves[0], halves[1])
     _check(ref, whole)
-    return 2 * _distance(ref, whole) - sum(_distance(ref, half) for half in halves) / len(halves)
+    plain = _distance(ref, whole)
+    added = sum(_distance(ref, half) for half in halves) / len(halves) - plain
+    return plain - added / (sum(whole.n / half.n for half in halves) / len(halves) - 1)
 
 
 def congruence(factor_DR: Tensor, cov_DD: Tensor) -> Tensor:

@@ -5,35 +5,69 @@ The unbiased squared maximum mean discrepancy with the cubic kernel ``k(x, y) = 
 negative half the time when the distributions agree) and not multiplied by 1000.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fewstep.evaluation.features import check_features
 
+_CHUNK = 256  # rows of a kernel matrix that exist at one time
 
-def kernel_distance(ref_ND: Tensor, gen_MD: Tensor, *, chunk: int = 256) -> float:
+
+@dataclass(frozen=True)
+class KernelMeans:
+    """Mean kernels of N reference and M generated rows, from which the distance and its influence follow.
+
+    ``ref``: over the ordered pairs of different reference rows. ``gen_M``, ``cross_M``: of each generated row with the
+    other generated rows, with the reference rows.
+    """
+
+    ref: float
+    gen_M: Tensor
+    cross_M: Tensor
+
+    @property
+    def distance(self) -> float:
+        return self.ref + float(self.gen_M.mean()) - 2 * float(self.cross_M.mean())
+
+
+def kernel_distance(ref_ND: Tensor, gen_MD: Tensor, *, chunk: int = _CHUNK) -> float:
     """``sum_{i != j} k(x_i, x_j) / (N (N - 1)) + the same for y - 2 mean k(x_i, y_j)``, in float64.
 
     Features ``[N, D]`` and ``[M, D]``, at least two each. Memory: ``chunk`` rows of the larger kernel matrix.
     """
+    return kernel_means(ref_ND, gen_MD, chunk=chunk).distance
+
+
+def kernel_means(ref_ND: Tensor, gen_MD: Tensor, *, ref: float | None = None, chunk: int = _CHUNK) -> KernelMeans:
+    """What the distance is made of; ``ref`` is ``kernel_mean(ref_ND)``, computed once for many calls."""
     check_features(ref_ND, gen_MD)
     # The three terms agree to most of their digits before they cancel, so every product is in float64.
-    ref, gen = ref_ND.double(), gen_MD.double()
-    cross = sum(_kernel_sum(rows, gen) for rows in ref.split(chunk)) / (len(ref) * len(gen))
-    return _mean_of_pairs(ref, chunk) + _mean_of_pairs(gen, chunk) - 2 * cross
+    x, y = ref_ND.double(), gen_MD.double()
+    if ref is None:
+        ref = float(_means_with_others(x, chunk).mean())
+    cross = torch.cat([_kernel(rows, x).sum(1) for rows in y.split(chunk)]) / len(x)
+    return KernelMeans(ref, _means_with_others(y, chunk), cross)
 
 
-def _mean_of_pairs(x: Tensor, chunk: int) -> float:
-    """The mean kernel over ordered pairs of different rows, from the blocks on and above the diagonal."""
-    total = 0.0
-    for start in range(0, len(x), chunk):
-        rows, later = x[start : start + chunk], x[start + chunk :]
-        total += _kernel_sum(rows, rows) + 2 * _kernel_sum(rows, later)
-    itself = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()
-    return (total - float(itself)) / (len(x) * (len(x) - 1))
+def kernel_mean(features_ND: Tensor, *, chunk: int = _CHUNK) -> float:
+    """The mean kernel over the ordered pairs of different rows."""
+    check_features(features_ND)
+    return float(_means_with_others(features_ND.double(), chunk).mean())
 
 
-def _kernel_sum(x: Tensor, y: Tensor) -> float:
-    one = torch.ones((), dtype=x.dtype, device=x.device)
-    inner = torch.addmm(one, x, y.T, alpha=1 / x.shape[1]).flatten()
-    return float(torch.dot(inner.square(), inner))  # the sum of cubes
+def _means_with_others(x_ND: Tensor, chunk: int) -> Tensor:
+    """``[N]``: the mean kernel of each row with the others. A pair is computed once and counts for both."""
+    total_N = -(x_ND.square().sum(1) / x_ND.shape[1] + 1).pow(3)
+    for start in range(0, len(x_ND), chunk):
+        kernel_BN = _kernel(x_ND[start : start + chunk], x_ND[start:])
+        total_N[start : start + chunk] += kernel_BN.sum(1)
+        total_N[start + chunk :] += kernel_BN[:, chunk:].sum(0)
+    return total_N / (len(x_ND) - 1)
+
+
+def _kernel(x_BD: Tensor, y_ND: Tensor) -> Tensor:
+    one = torch.ones((), dtype=x_BD.dtype, device=x_BD.device)
+    inner = torch.addmm(one, x_BD, y_ND.T, alpha=1 / x_BD.shape[1])
+    return inner.square().mul_(inner)

@@ -30,11 +30,34 @@ class ManifoldMetrics:
     coverage: float
 
 
+@dataclass(frozen=True)
+class ManifoldIndicators:
+    """What the four metrics are means of, one entry per row, so that rows of two models can be compared in pairs.
+
+    ``precise [M]`` and ``recalled [N]`` (``k_pr``), ``covered [N]`` (``k_dc``) are true or false; ``inside [M]`` counts
+    the reference balls (``k_dc``) that hold a generated row.
+    """
+
+    precise_M: Tensor
+    inside_M: Tensor
+    recalled_N: Tensor
+    covered_N: Tensor
+    k_dc: int
+
+    def summary(self) -> ManifoldMetrics:
+        return ManifoldMetrics(
+            precision=int(self.precise_M.sum()) / len(self.precise_M),
+            recall=int(self.recalled_N.sum()) / len(self.recalled_N),
+            density=int(self.inside_M.sum()) / (self.k_dc * len(self.inside_M)),
+            coverage=int(self.covered_N.sum()) / len(self.covered_N),
+        )
+
+
 def radii(features_ND: Tensor, k: int, *, chunk: int = _CHUNK) -> Tensor:
     """Distances ``[N, k]`` from each row to its nearest, ..., k-th nearest other row, ascending."""
     check_features(features_ND)
     with full_float32():
-        return _radii(features_ND.float() - _centre(features_ND), k, chunk)
+        return _radii(features_ND.float() - centre_of(features_ND), k, chunk)
 
 
 def manifold_metrics(
@@ -44,6 +67,7 @@ def manifold_metrics(
     k_pr: int = 3,
     k_dc: int = 5,
     ref_radii: Tensor | None = None,
+    gen_radii: Tensor | None = None,
     chunk: int = _CHUNK,
 ) -> ManifoldMetrics:
     """All four metrics of generated features ``[M, D]`` against reference features ``[N, D]``.
@@ -56,61 +80,97 @@ def manifold_metrics(
     ``ref_radii`` is ``radii(ref_ND, k)`` with ``k >= max(k_pr, k_dc)``, computed once for many calls. Memory: ``chunk``
     rows of the largest distance matrix.
     """
+    return manifold_indicators(
+        ref_ND, gen_MD, k_pr=k_pr, k_dc=k_dc, ref_radii=ref_radii, gen_radii=gen_radii, chunk=chunk
+    ).summary()
+
+
+def manifold_indicators(
+    ref_ND: Tensor,
+    gen_MD: Tensor,
+    *,
+    k_pr: int = 3,
+    k_dc: int = 5,
+    ref_radii: Tensor | None = None,
+    gen_radii: Tensor | None = None,
+    chunk: int = _CHUNK,
+) -> ManifoldIndicators:
+    """The metrics of ``manifold_metrics`` row by row; ``gen_radii`` is ``radii(gen_MD, k)`` with ``k >= k_pr``."""
     check_features(ref_ND, gen_MD)
-    centre = _centre(ref_ND)
+    centre = centre_of(ref_ND)
     ref, gen = ref_ND.float() - centre, gen_MD.float() - centre
     with full_float32():
         if ref_radii is None:
             ref_radii = _radii(ref, max(k_pr, k_dc), chunk)
-        if len(ref_radii) != len(ref) or ref_radii.shape[1] < max(k_pr, k_dc):
-            raise ValueError(f"ref_radii are [{len(ref)}, >= {max(k_pr, k_dc)}], got {list(ref_radii.shape)}")
-        narrow_N, wide_N = ref_radii[:, k_pr - 1], ref_radii[:, k_dc - 1]
-        gen_radii_M = _radii(gen, k_pr, chunk)[:, -1]
-        precise = inside = 0
+        if gen_radii is None:
+            gen_radii = _radii(gen, k_pr, chunk)
+        _check_radii("ref_radii", ref_radii, len(ref), max(k_pr, k_dc))
+        _check_radii("gen_radii", gen_radii, len(gen), k_pr)
+        narrow_N, wide_N, gen_radii_M = ref_radii[:, k_pr - 1], ref_radii[:, k_dc - 1], gen_radii[:, k_pr - 1]
+        precise, inside = [], []
         recalled_N = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
-        covered_N = torch.zeros_like(recalled_N)
-        for start, distance_BN in _distances(gen, ref, chunk):
-            in_wide_BN = distance_BN <= wide_N
-            precise += int((distance_BN <= narrow_N).any(1).sum())
-            inside += int(in_wide_BN.sum())
-            covered_N |= in_wide_BN.any(0)
-            recalled_N |= (distance_BN <= gen_radii_M[start : start + chunk, None]).any(0)
-    return ManifoldMetrics(
-        precision=precise / len(gen),
-        recall=float(recalled_N.double().mean()),
-        density=inside / (k_dc * len(gen)),
-        coverage=float(covered_N.double().mean()),
-    )
+        nearest_N = ref.new_full((len(ref),), torch.inf)
+        for start, square_BN in squared_distances(gen, ref, chunk):
+            distance_BN = square_BN.sqrt_()
+            # Of the ways to ask each of these, the ones that cost a fraction of the product they follow.
+            inside.append((distance_BN <= wide_N).sum(1, dtype=torch.int32))
+            precise.append((distance_BN <= narrow_N).sum(1, dtype=torch.int32) > 0)
+            torch.minimum(nearest_N, distance_BN.amin(0), out=nearest_N)
+            recalled_N |= distance_BN.sub_(gen_radii_M[start : start + chunk, None]).amin(0) <= 0
+        covered_N = nearest_N <= wide_N
+    return ManifoldIndicators(torch.cat(precise), torch.cat(inside), recalled_N, covered_N, k_dc)
 
 
-def _centre(features_ND: Tensor) -> Tensor:
+def _check_radii(name: str, given: Tensor, rows: int, k: int) -> None:
+    if given.ndim != 2 or len(given) != rows or given.shape[1] < k:
+        raise ValueError(f"{name} are [{rows}, >= {k}], got {list(given.shape)}")
+
+
+def centre_of(features_ND: Tensor) -> Tensor:
     """The row nearest to the mean: what to subtract from all features, since the expanded square loses digits to a
     common offset. It serves as well as the mean itself, and leaves integers integers, so that a tie stays a tie."""
     features_ND = features_ND.float()
-    return features_ND[(features_ND - features_ND.mean(0)).square().sum(1).argmin()]
+    mean = features_ND.mean(0)
+    off = [(block - mean).square().sum(1) for block in features_ND.split(_CHUNK)]
+    return features_ND[torch.cat(off).argmin()]
 
 
 def _radii(x_ND: Tensor, k: int, chunk: int) -> Tensor:
+    """Each distance is computed once and serves both of its rows: half of the products."""
     if not 1 <= k < len(x_ND):
         raise ValueError(f"the {k}-th nearest other of {len(x_ND)} rows does not exist")
-    nearest = []
-    for start, distance_BN in _distances(x_ND, x_ND, chunk):
-        distance_BN.diagonal(offset=start).fill_(torch.inf)  # row b of this chunk is column start + b
-        nearest.append(_smallest(distance_BN, k))
-    return torch.cat(nearest)
+    nearest_Nk = x_ND.new_full((len(x_ND), k), torch.inf)  # squared, among the rows seen so far
+
+    def see(rows: slice, square_BN: Tensor) -> None:
+        found = smallest(square_BN, k)[0] if square_BN.shape[1] > k else square_BN
+        nearest_Nk[rows] = torch.cat((nearest_Nk[rows], found), dim=1).topk(k, largest=False, sorted=True).values
+
+    norm_N = x_ND.square().sum(1)
+    for start in range(0, len(x_ND), chunk):
+        later, norm = x_ND[start:], norm_N[start:]
+        square_BN = _square(later[:chunk], norm[:chunk], later, norm)
+        square_BN.diagonal().fill_(torch.inf)  # a row is not its own neighbour
+        see(slice(start, start + chunk), square_BN)
+        if len(later) > chunk:
+            see(slice(start + chunk, None), square_BN[:, chunk:].T.contiguous())
+    return nearest_Nk.sqrt_()
 
 
-def _distances(a_MD: Tensor, b_ND: Tensor, chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """``(start, |a_i - b_j| [B, N])`` for consecutive chunks of rows of ``a``, from ``|a|^2 + |b|^2 - 2 a.b``."""
-    b_square_N = b_ND.square().sum(1)
+def squared_distances(a_MD: Tensor, b_ND: Tensor, chunk: int = _CHUNK) -> Iterator[tuple[int, Tensor]]:
+    """``(start, |a_i - b_j|^2 [B, N])`` for consecutive chunks of rows of ``a``."""
+    a_norm_M, b_norm_N = a_MD.square().sum(1), b_ND.square().sum(1)
     for start in range(0, len(a_MD), chunk):
-        a = a_MD[start : start + chunk]
-        square = torch.addmm(b_square_N, a, b_ND.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
-        yield start, square.clamp_(min=0).sqrt_()
+        rows = slice(start, start + chunk)
+        yield start, _square(a_MD[rows], a_norm_M[rows], b_ND, b_norm_N)
 
 
-def _smallest(values_BN: Tensor, k: int) -> Tensor:
-    """The ``k`` smallest values of each row, ascending.
+def _square(a_BD: Tensor, a_norm_B: Tensor, b_ND: Tensor, b_norm_N: Tensor) -> Tensor:
+    """``|a|^2 + |b|^2 - 2 a.b``, never below 0."""
+    return torch.addmm(b_norm_N, a_BD, b_ND.T, alpha=-2).add_(a_norm_B[:, None]).clamp_(min=0)
+
+
+def smallest(values_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` smallest values of each row, ascending, and their columns.
 
     They lie in the ``k`` groups of columns with the smallest minima, whatever the grouping: a selection among the
     minima and one among the members of ``k`` groups replace one among all columns (five times faster on a CPU).
@@ -118,9 +178,14 @@ def _smallest(values_BN: Tensor, k: int) -> Tensor:
     rows, columns = values_BN.shape
     size = columns // _GROUPS
     if size < 2 or k > _GROUPS:
-        return values_BN.topk(k, largest=False).values
+        found = values_BN.topk(k, largest=False)
+        return found.values, found.indices
     grouped = values_BN[:, : size * _GROUPS].view(rows, size, _GROUPS)  # a group is a strided set of columns
-    best = grouped.amin(1).topk(k, largest=False).indices
-    members = grouped.gather(2, best[:, None, :].expand(rows, size, k)).flatten(1)
+    best_Bk = grouped.amin(1).topk(k, largest=False).indices
+    members = grouped.gather(2, best_Bk[:, None, :].expand(rows, size, k)).flatten(1)
     leftover = values_BN[:, size * _GROUPS :]
-    return torch.cat((members, leftover), dim=1).topk(k, largest=False).values
+    found = torch.cat((members, leftover), dim=1).topk(k, largest=False)
+    place = found.indices  # first the members, group by group within each stride, then what is left over
+    inside = place < size * k
+    column = place.div(k, rounding_mode="floor") * _GROUPS + best_Bk.gather(1, place % k)
+    return found.values, torch.where(inside, column, place - size * k + size * _GROUPS)

@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 
-from fewstep.evaluation.frechet import Moments, frechet_distance, merge, moments
+from fewstep.evaluation import frechet
+from fewstep.evaluation.frechet import Moments, congruence, frechet_distance, half_split, merge, moments
 
 
 def gaussian(mean, cov, n=10**6) -> Moments:
@@ -211,7 +212,104 @@ def test_dimensions_must_agree():
         frechet_distance(moments(samples(9, 3, seed=0)), moments(samples(9, 2, seed=0)))
 
 
-# --- second implementations
+# --- how it is computed
+
+
+@pytest.mark.parametrize("n", [2, 3, 40, 100])
+def test_few_rows_are_a_factor_of_their_covariance(n):
+    """Up to as many samples as features the rows are kept; less their mean they span n - 1 dimensions."""
+    m = moments(samples(n, 100, seed=20))
+    assert m.rows is not None
+    assert m.factor.shape == (100, n - 1)
+    torch.testing.assert_close(m.factor @ m.factor.T, m.cov, rtol=1e-12, atol=1e-14)
+
+
+def test_many_rows_are_not_kept():
+    assert moments(samples(101, 100, seed=20)).rows is None
+
+
+@pytest.mark.parametrize(("n", "m"), [(10, 12), (60, 50)])
+def test_merged_rows_are_the_rows_of_both(n, m):
+    """10 + 12 of 100 features are still few; 60 + 50 are not."""
+    x = samples(n + m, 100, seed=21) + 2
+    merged, whole = merge(moments(x[:n]), moments(x[n:])), moments(x)
+    assert (merged.rows is None) == (whole.rows is None) == (n + m > 100)
+    if whole.rows is not None:
+        torch.testing.assert_close(merged.rows, whole.rows, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(5, 5), (20, 20), (20, 7), (33, 33)])
+def test_congruence_in_tiles(monkeypatch, dim, rank):
+    """Of a triangular factor only what is not zero is multiplied, a tile at a time."""
+    monkeypatch.setattr(frechet, "_TILE", 8)
+    cov = random_covariance(dim, 22)
+    factor = torch.linalg.cholesky(random_covariance(dim, 23)) if rank == dim else random_covariance(dim, 24)[:, :rank]
+    found = congruence(factor, cov)
+    torch.testing.assert_close(found, factor.T @ cov @ factor, rtol=1e-12, atol=1e-13)
+    assert torch.equal(found, found.T)
+
+
+def test_ill_conditioned_covariances_keep_their_digits():
+    """Variances from 1 to 1e-12, rotated: eigenvalues of the product span more digits than a float64 has."""
+    generator = torch.Generator().manual_seed(25)
+    basis = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.logspace(0, -12, 40, dtype=torch.float64)
+    for c in (1.0, 1.21):
+        a = Moments(torch.zeros(40), basis * spectrum @ basis.T, 1000)
+        b = Moments(torch.zeros(40), basis * (c * spectrum) @ basis.T, 1000)
+        close(frechet_distance(a, b), (math.sqrt(c) - 1) ** 2 * float(spectrum.sum()), 1e-9)
+
+
+# --- bias
+
+
+def quarters(x: torch.Tensor) -> list[Moments]:
+    return [moments(x[part::4]) for part in range(4)]
+
+
+def test_half_split_is_twice_the_whole_less_the_mean_of_six_halves():
+    x, ref = samples(800, 6, seed=26, scale=1.3), moments(samples(900, 6, seed=27))
+    parts = [x[part::4] for part in range(4)]
+    pairs = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
+    halves = [frechet_distance(ref, moments(torch.cat((parts[i], parts[j])))) for i, j in pairs]
+    close(half_split(quarters(x), ref), 2 * frechet_distance(ref, moments(x)) - sum(halves) / 6)
+
+
+def test_half_split_of_unequal_parts_removes_a_bias_in_one_over_n():
+    """Means alone differ and by design: distances of 2 + c / n for every part and every union of parts.
+
+    One feature, covariance zero on the reference's side: (m1 - m2)^2 + s2, with s2 = 2 + c / n by construction.
+    """
+    sizes = (3, 9, 5, 7)
+    ref = gaussian([0.0], [[0.0]])
+    rows = torch.randn(24, 1, generator=torch.Generator().manual_seed(28), dtype=torch.float64)
+    parts = [moments(part) for part in rows.split(sizes)]
+    unions = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
+    whole = frechet_distance(ref, moments(rows))
+    halves = [frechet_distance(ref, merge(parts[i], parts[j])) for i, j in unions]
+    weight = sum(24 / (sizes[i] + sizes[j]) for i, j in unions) / 6 - 1
+    close(half_split(parts, ref), whole - (sum(halves) / 6 - whole) / weight)
+
+
+def test_half_split_may_be_negative_and_has_no_large_bias():
+    """From one distribution: the plain distance lies above 0 by c / n, the half-split around 0."""
+    ref = Moments(torch.zeros(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64), 10**6)
+    generator = torch.Generator().manual_seed(29)
+    draws = [torch.randn(200, 8, generator=generator, dtype=torch.float64) for _ in range(150)]
+    plain = torch.tensor([frechet_distance(ref, moments(x)) for x in draws])
+    split = torch.tensor([half_split(quarters(x), ref) for x in draws])
+    error = float(split.std()) / math.sqrt(len(split))
+    assert float(plain.mean()) > 20 * error
+    assert abs(float(split.mean())) < 4 * error
+    assert float(split.min()) < 0
+
+
+def test_four_parts():
+    with pytest.raises(ValueError, match="four disjoint parts, got 3"):
+        half_split(quarters(samples(100, 3, seed=30))[:3], moments(samples(100, 3, seed=31)))
+
+
+# --- second implementations: others are in test_second_implementations.py
 
 
 def test_against_scipy_sqrtm():
@@ -223,23 +321,3 @@ def test_against_scipy_sqrtm():
     trace = sqrtm((a.cov @ b.cov).numpy()).real.trace()
     expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * trace
     close(frechet_distance(a, b), expected, 1e-9)
-
-
-def test_against_torchmetrics():
-    try:
-        from fewstep.compat import prepare_torchvision
-
-        prepare_torchvision()
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except Exception as reason:
-        pytest.skip(f"torchmetrics does not import: {reason}")
-    x, y = samples(500, 8, seed=18).float(), samples(400, 8, seed=19, scale=1.2).float()
-
-    class Features(torch.nn.Identity):
-        num_features = 8
-
-    metric = FrechetInceptionDistance(feature=Features(), input_img_size=(1, 1, 8))
-    metric.set_dtype(torch.float64)
-    metric.update(x.double(), real=True)
-    metric.update(y.double(), real=False)
-    close(frechet_distance(moments(x), moments(y)), float(metric.compute()), 1e-5)  # it answers in float32

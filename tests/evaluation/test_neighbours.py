@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fewstep.evaluation.neighbours import _smallest, manifold_metrics, radii
+from fewstep.evaluation.neighbours import manifold_indicators, manifold_metrics, radii, smallest
 
 REF = torch.tensor([[0.0], [1.0], [3.0], [7.0], [10.0]])
 GEN = torch.tensor([[-5.0], [2.0], [5.0], [6.0]])
@@ -46,6 +46,16 @@ def test_metrics_on_a_line_k_two():
     m = manifold_metrics(REF, GEN, k_pr=1, k_dc=2)
     assert (m.precision, m.density, m.coverage) == (3 / 4, 9 / 8, 1.0)
     assert m.recall == pytest.approx(4 / 5)
+
+
+def test_indicators_on_a_line():
+    """Row by row what the test above counts, in the order of the rows."""
+    found = manifold_indicators(REF, GEN, k_pr=1, k_dc=1)
+    assert found.precise_M.tolist() == [False, True, True, True]
+    assert found.inside_M.tolist() == [0, 2, 2, 1]
+    assert found.recalled_N.tolist() == [True, True, True, True, False]
+    assert found.covered_N.tolist() == [False, True, True, True, False]
+    assert found.summary() == manifold_metrics(REF, GEN, k_pr=1, k_dc=1)
 
 
 def test_the_roles_of_the_sets_differ():
@@ -115,6 +125,9 @@ def test_cached_radii_change_nothing_and_wrong_ones_are_refused():
         manifold_metrics(ref, gen, ref_radii=radii(ref, 4))
     with pytest.raises(ValueError, match="ref_radii"):
         manifold_metrics(ref, gen, ref_radii=radii(gen, 5))
+    assert manifold_metrics(ref, gen, gen_radii=radii(gen, 3)) == manifold_metrics(ref, gen)
+    with pytest.raises(ValueError, match=r"gen_radii are \[200, >= 3\]"):
+        manifold_metrics(ref, gen, gen_radii=radii(gen, 2))
 
 
 def test_a_common_offset_changes_nothing():
@@ -136,7 +149,10 @@ def test_smallest_agrees_with_sorting(columns, k):
     """Columns below and above the size where groups begin, with a remainder, with ties and with infinities."""
     values = gaussian(50, columns, seed=columns).mul(20).round()
     values[:, 2] = torch.inf
-    assert torch.equal(_smallest(values.clone(), k), values.sort(1).values[:, :k])
+    found, columns = smallest(values.clone(), k)
+    assert torch.equal(found, values.sort(1).values[:, :k])
+    assert torch.equal(values.gather(1, columns), found)
+    assert all(len(row.unique()) == k for row in columns)
 
 
 def test_neighbours_in_groups_by_brute_force():
@@ -145,16 +161,3 @@ def test_neighbours_in_groups_by_brute_force():
     distance = (x.double()[:, None] - x.double()).norm(dim=2)
     expected = distance.sort(1).values[:, 1:4]  # column 0 is the row itself
     torch.testing.assert_close(radii(x, 3, chunk=300).double(), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_against_prdc():
-    """prdc uses open balls; without ties they agree with ours."""
-    try:
-        from prdc import compute_prdc
-    except Exception as reason:
-        pytest.skip(f"prdc does not import: {reason}")
-    ref, gen = gaussian(400, 6, 11), gaussian(300, 6, 12) * 0.8 + 0.2
-    theirs = compute_prdc(ref.double().numpy(), gen.double().numpy(), nearest_k=5)
-    ours = manifold_metrics(ref, gen, k_pr=5, k_dc=5)
-    for name in ("precision", "recall", "density", "coverage"):
-        assert getattr(ours, name) == pytest.approx(float(theirs[name]), abs=1e-6)
