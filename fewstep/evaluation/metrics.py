@@ -129,8 +129,12 @@ def _manifold(reference: ReferenceFeatures, features: Tensor) -> Outcome:
         name = metric_name(kind, reference.extractor.name)
         least, most = _RANGES[kind]
         value = float(influence.mean())
+        named[name] = influence
+        if not bool(influence.std() > 0):  # none or all of them: a normal interval would be a point
+            metrics[name] = Measured(value)
+            continue
         low, high = interval(value, influence, LEVEL)
-        metrics[name], named[name] = Measured(value, max(low, least), min(high, most)), influence
+        metrics[name] = Measured(value, max(low, least), min(high, most))
     return Outcome(metrics, named)
 
 
@@ -149,7 +153,7 @@ def differences(
             continue
         value = metrics[name].value - anchor[name].value
         error = _quantile() * paired(influence.double().cpu(), other.double().cpu())
-        found[name] = Measured(value, value - error, value + error)
+        found[name] = Measured(value, value - error, value + error) if error > 0 else Measured(value)
     return found
 
 
