@@ -108,7 +108,7 @@ class Inception:
         return {"preprocessing": self.preprocessing.text, "weights": self.weights}
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.everything(images).features
+        return self._run(images)[0]
 
     def spatial(self, images: Tensor) -> Tensor:
         return self._run(images)[1]
