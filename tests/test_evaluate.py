@@ -55,7 +55,8 @@ def test_averages_are_rows(guided: Path, tmp_path: Path) -> None:
     exported = printed(run, *PIXELS, "--steps", 1)["rows"][1]
     assert exported["metrics"] == found["rows"][1]["metrics"]  # the first average is the one that is exported
     assert "ema" not in exported
-    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoints", "evaluation", "model", "stages"]
+    folders = sorted(path.name for path in run.iterdir() if path.is_dir())
+    assert folders == ["checkpoints", "evaluation", "model", "stages"]
     refuse("evaluate", run, "--ema", "0.5", says=("no average '0.5'",))
 
 

@@ -11,21 +11,13 @@ import torch
 from torch import Tensor
 
 from fewstep.evaluation.features import metric_name
-from fewstep.evaluation.frechet import frechet_distance, moments
+from fewstep.evaluation.frechet import frechet_distance, half_split, moments
+from fewstep.evaluation.intervals import frechet_influence, heavy, interval, kernel_influence, paired
 from fewstep.evaluation.kernel import kernel_distance
-from fewstep.evaluation.neighbours import manifold_metrics
+from fewstep.evaluation.neighbours import manifold_indicators, manifold_metrics
 from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, LEVEL
 from fewstep.evaluation.reference import ReferenceFeatures
 from fewstep.evaluation.results import Measured
-from fewstep.evaluation.standins import (
-    frechet_influence,
-    half_split,
-    heavy,
-    interval,
-    kernel_influence,
-    manifold_indicators,
-    paired,
-)
 
 KINDS = ("fd", "fd_debiased", "kd", "precision", "recall", "density", "coverage")
 _RANGES = {"precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0), "density": (0.0, math.inf)}
