@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewstep.evaluation.features import metric_name
 from fewstep.evaluation.frechet import frechet_distance, half_split, moments
-from fewstep.evaluation.intervals import frechet_influence, heavy, interval, kernel_influence, paired
-from fewstep.evaluation.kernel import kernel_distance
+from fewstep.evaluation.intervals import frechet_influence, heavy, interval, kernel_influence_from, paired
+from fewstep.evaluation.kernel import kernel_means
 from fewstep.evaluation.neighbours import manifold_indicators, manifold_metrics
 from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, LEVEL
 from fewstep.evaluation.reference import ReferenceFeatures
@@ -49,7 +49,7 @@ def compare(reference: ReferenceFeatures, features: Tensor) -> dict[str, float]:
     )
     return {
         **found,
-        metric_name("kd", name): kernel_distance(reference.features, features),
+        metric_name("kd", name): kernel_means(reference.features, features, ref=reference.kernel_mean).distance,
         metric_name("precision", name): manifold.precision,
         metric_name("recall", name): manifold.recall,
         metric_name("density", name): manifold.density,
@@ -92,8 +92,8 @@ def _frechet(reference: ReferenceFeatures, features: Tensor, classes: int) -> Ou
 def _kernel(reference: ReferenceFeatures, features: Tensor) -> Outcome:
     assert reference.features is not None
     name = metric_name("kd", reference.extractor.name)
-    influence = kernel_influence(reference.features, features)
-    value = kernel_distance(reference.features, features)
+    means = kernel_means(reference.features, features, ref=reference.kernel_mean)
+    influence, value = kernel_influence_from(means), means.distance
     return Outcome(
         {name: Measured(value, *interval(value, influence, LEVEL))},
         {name: influence},

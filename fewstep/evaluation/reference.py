@@ -6,6 +6,7 @@ Shapes: N samples, D features.
 import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fewstep.data.dataset import Dataset
 from fewstep.errors import UsageError
 from fewstep.evaluation.features import FeatureExtractor, extract
 from fewstep.evaluation.frechet import Moments, merge, moments
+from fewstep.evaluation.kernel import kernel_mean
 from fewstep.evaluation.neighbours import radii
 from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, REFERENCE_FEATURES
 from fewstep.evaluation.quantise import to_uint8
@@ -41,6 +43,12 @@ class ReferenceFeatures:
     moments: Moments
     radii: Tensor | None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def kernel_mean(self) -> float:
+        """The part of every kernel distance that is the reference's alone."""
+        assert self.features is not None
+        return kernel_mean(self.features)
 
 
 def reference_features(
