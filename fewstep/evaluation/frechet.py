@@ -137,12 +137,13 @@ def _trace_of_root(ref: Moments, gen: Moments, spread: float) -> float:
 
     Their squares are the eigenvalues of ``B1' S2 B1`` (or of ``B2' S1 B2``), which cost a quarter of that. But an
     eigenvalue carries a rounding error of the size of the largest one's last digits, and its root, if it should be 0,
-    one of 1e-8 instead of 1e-16: where that could be seen in the sum, the singular values are taken after all.
+    one of 1e-8 instead of 1e-16. So the singular values are taken where a covariance is singular, or where that error
+    could be seen in the sum.
     """
-    if ref.rows is None or gen.rows is None:
-        gram = congruence(gen.factor, ref.cov) if gen.rows is not None else congruence(ref.factor, gen.cov)
-        if len(gram) == 0:
-            return 0.0
+    few, whole = (gen, ref) if gen.rows is not None else (ref, gen)
+    regular = whole.rows is None and (few.rows is not None or few.factor.shape[1] == len(few.mean))
+    if regular:
+        gram = congruence(few.factor, whole.cov)
         values = torch.linalg.eigvalsh(gram)
         digit = 2 * torch.finfo(values.dtype).eps * float(values[-1])
         if float(values[0]) > 2 * math.sqrt(len(values)) * digit:
