@@ -140,6 +140,8 @@ def test_the_cache_serves_unless_a_file_is_named(places, tmp_path, monkeypatch):
     assert {name: tensor.tolist() for name, tensor in again.content.items()} == {"a": [0, 1, 2], "n": 5}
     with pytest.raises(EnvironmentFault, match=r"no state\.pth"):
         load_weights((file,), variable)
+    with pytest.raises(EnvironmentFault, match=r"no state\.pth"):  # another file of that name
+        load_weights((WeightsFile("state.pth", FILE.sha256, "a test"),))
     named = hub / "named.pt"
     named.write_bytes(CONTENT)
     monkeypatch.setenv("FEWSTEP_WEIGHTS", str(named))
