@@ -23,6 +23,17 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 SECONDS = 60.0  # that an answer may take on a busy machine
 
 
+# Puts two descriptors at 3 and 4, whatever they were, and becomes the program.
+_PLACE = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 64) for number in sys.argv[1:3]]
+for here, there in zip(high, (3, 4)):
+    os.dup2(here, there)
+    os.close(here)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 def find_browser() -> str | None:
     """The path of a Chromium, None where there is none."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -47,19 +58,9 @@ class Browser:
         in_read, in_write = os.pipe()
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
         quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
-        shell = f'exec "$0" "$@" 3<&{in_read} 4>&{out_write}'
+        own = ("--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "about:blank")
         self._process = subprocess.Popen(
-            [
-                "/bin/sh",
-                "-c",
-                shell,
-                program,
-                *flags,
-                *quiet,
-                "--remote-debugging-pipe",
-                f"--user-data-dir={self._profile.name}",
-                "about:blank",
-            ],
+            [sys.executable, "-c", _PLACE, str(in_read), str(out_write), program, *flags, *quiet, *own],
             pass_fds=(in_read, out_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -112,17 +113,14 @@ class Browser:
 
     def screenshot(self, whole: bool = True) -> bytes:
         """The page as PNG, whole or as far as the window shows it."""
-        return base64.b64decode(
-            self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))["data"]
-        )
+        options = {"captureBeyondViewport": whole, **(self._clip() if whole else {})}
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png", **options)["data"])
 
     def pdf(self) -> bytes:
         """The page as it prints."""
         return base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"])
 
-    def _clip(self, whole: bool) -> dict[str, Any]:
-        if not whole:
-            return {}
+    def _clip(self) -> dict[str, Any]:
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
 

@@ -16,91 +16,19 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from reports import FD_PIXELS, make_report, strip
 from rich.console import Console
 
 from fewstep.errors import UsageError
 from fewstep.evaluation.report import answer, tables, wording, write_report
 from fewstep.evaluation.report.figures import HUES, figures, look_of, pareto_front, spaced
 from fewstep.evaluation.report.grids import grids, tiles
-from fewstep.evaluation.results import Measured, Model, Report, Row, over_seeds, read_results
-
-TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64)
-STUDENT_STEPS = (1, 2, 4, 8)
-# fd_pixels by steps. At 4 steps meanflow has 0.43 against the teacher's 0.54 at 64: 0.796 of it.
-FD_PIXELS = {
-    "digits-teacher": (27.1, 11.2, 3.61, 1.42, 0.871, 0.62, 0.54),
-    "digits-meanflow": (0.91, 0.62, 0.43, 0.46),
-    "digits-progressive": (1.84, 0.95, 0.66, 0.51),
-    "digits-consistency": (1.22, 1.31, 1.28, 1.35),
-}
-OBJECTIVES = dict(zip(FD_PIXELS, ("flow_matching", "meanflow", "progressive", "consistency"), strict=True))
-
-
-def strip(quality: float, k: int = 10, side: int = 8) -> str:
-    """k rings of growing size side by side, drowned in noise as quality falls. Base64 PNG."""
-    y, x = np.mgrid[:side, :side] - (side - 1) / 2
-    noise = np.random.default_rng(0).normal(size=(side, k * side))
-    rings = [np.exp(-((np.hypot(x, y) - 1 - 0.2 * i) ** 2)) for i in range(k)]
-    image = np.concatenate(rings, axis=1) * 255 + noise * 90 / quality
-    out = io.BytesIO()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8), "L").save(out, format="PNG")
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def make_row(model: str, steps: int, fd: float) -> Row:
-    teacher = model == "digits-teacher"
-    recall = 0.93 / (1 + 0.11 * fd) - (0.0 if teacher else 0.05)
-    metrics = {
-        "fd_pixels": Measured(fd, fd * 0.96, fd * 1.05),
-        "kd_pixels": Measured(0.002 * fd - 0.0015),
-        "recall_pixels": Measured(recall),
-        "precision_pixels": Measured(0.9 / (1 + 0.05 * fd)),
-        "density_pixels": Measured(1.04 / (1 + 0.07 * fd)),
-        "coverage_pixels": Measured(0.95 / (1 + 0.1 * fd)),
-        "fd_digits": Measured(fd * 3.1 + 0.4),
-        "recall_digits": Measured(recall - 0.03),
-    }
-    if not teacher:
-        metrics["teacher_gap_pixels"] = Measured(0.2 * fd)
-    return Row(
-        model=model,
-        role="teacher" if teacher else "student",
-        objective=OBJECTIVES.get(model, ""),
-        steps=steps,
-        nfe=2 * steps if teacher else steps,
-        sampler="euler" if teacher else "map",
-        guidance=2.0 if teacher else 1.0,
-        n=10_000,
-        seed=0,
-        metrics=metrics,
-        latency_ms=0.4 * steps if teacher else 0.4 * steps + 0.05,
-        images_per_s=48_000 / steps,
-        params=84_480,
-        digest=f"sha256:{model}",
-        samples_png=strip(3 / fd**0.5),
-    )
+from fewstep.evaluation.results import Measured, Report, Row, over_seeds, read_results
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    rows = [
-        make_row(model, steps, fd)
-        for model, line in FD_PIXELS.items()
-        for steps, fd in zip(TEACHER_STEPS if model == "digits-teacher" else STUDENT_STEPS, line, strict=True)
-    ]
-    models = tuple(
-        Model(model, rows[i * 4 + 3].role if i else "teacher", OBJECTIVES[model], 84_480, 4000, 512_000, 95.0 + 60 * i)
-        for i, model in enumerate(FD_PIXELS)
-    )
-    reference = {
-        "dataset": "digits 8x8",
-        "n": 1797,
-        "floor": {"fd_pixels": 0.021, "recall_pixels": 0.94, "fd_digits": 0.08},
-        "extractors": {"pixels": {"dim": 64, "digest": "a1b2"}, "digits": {"dim": 32, "digest": "c3d4"}},
-        "protocol": {"quantise": "once, to uint8, before features", "neighbours": "k = 3", "covariance": "ddof = 1"},
-    }
-    environment = {"torch": "2.13.0", "cpu": "2 cores", "commit": "0123abcd", "date": "2026-01-01"}
-    return Report(tuple(rows), models, reference, environment)
+    return make_report()
 
 
 @pytest.fixture(scope="module")
