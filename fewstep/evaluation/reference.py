@@ -16,11 +16,9 @@ from torch import Tensor
 
 from fewstep.data.dataset import Dataset
 from fewstep.errors import UsageError
-from fewstep.evaluation.extractor import Everything, Fitted
-from fewstep.evaluation.features import FeatureExtractor, extract_everything, fitted
+from fewstep.evaluation.features import FeatureExtractor, extract
 from fewstep.evaluation.frechet import Moments, merge, moments
 from fewstep.evaluation.kernel import kernel_mean
-from fewstep.evaluation.memorisation import nearest_other
 from fewstep.evaluation.neighbours import radii
 from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, REFERENCE_FEATURES
 from fewstep.evaluation.quantise import to_uint8
@@ -38,22 +36,13 @@ _BLOCK = 4096  # real samples decoded at a time; a multiple of the batches that 
 class ReferenceFeatures:
     """One extractor's view of the reference: features ``[N, D]``, moments and neighbour radii ``[N, K]``, computed once
     for all rows. Statistics of other projects have moments alone. ``facts`` says what they are of, where that is not
-    the data at hand: ``dataset``, ``n``, ``digest``, ``imported``. ``held_out`` are features of data that no model has
-    seen, ``spatial`` the moments of an early map of the network, where the extractor has one."""
+    the data at hand: ``dataset``, ``n``, ``digest``, ``imported``."""
 
     extractor: FeatureExtractor
     features: Tensor | None
     moments: Moments
     radii: Tensor | None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    held_out: Tensor | None = None
-    spatial: Moments | None = None
-
-    @cached_property
-    def apart(self) -> Tensor:
-        """The distance ``[N]`` of each reference sample to the nearest other one."""
-        assert self.features is not None
-        return nearest_other(self.features)
 
     @cached_property
     def kernel_mean(self) -> float:
@@ -62,45 +51,25 @@ class ReferenceFeatures:
         return kernel_mean(self.features)
 
 
-def reference_rows(count: int) -> Tensor:
-    """Which of ``count`` samples of the data have their features kept: all, or ``REFERENCE_FEATURES`` of them."""
-    kept = min(count, REFERENCE_FEATURES)
-    return torch.arange(kept) * count // kept
-
-
 def reference_features(
     extractor: FeatureExtractor, data: Dataset, device: torch.device, share: Share = ALONE
 ) -> ReferenceFeatures:
     """The reference that a data set is: moments of all samples, features and radii of at most ``REFERENCE_FEATURES``,
     evenly spaced. Each process reads its share of the data."""
     count = len(data.x)
-    few = reference_rows(count)
+    few = torch.arange(min(count, REFERENCE_FEATURES)) * count // min(count, REFERENCE_FEATURES)
     place, own = share.own(len(few))
-    mine = few[place[:own]].split(_BLOCK)
-    parts = [_everything(extractor, data, rows, device) for rows in mine]
-    features = share.gather(torch.cat([part.features for part in parts]), len(few))
-    if isinstance(extractor, Fitted):
-        extractor = fitted(extractor, features)
-        features = share.gather(torch.cat([_features(extractor, data, rows, device) for rows in mine]), len(few))
-    maps = [part.spatial for part in parts if part.spatial is not None]
-    spatial = moments(share.gather(torch.cat(maps), len(few))) if maps else None
+    parts = [_features(extractor, data, rows, device) for rows in few[place[:own]].split(_BLOCK)]
+    features = share.gather(torch.cat(parts), len(few))
     if count == len(few):
-        return ReferenceFeatures(extractor, features, moments(features), radii(features, K), spatial=spatial)
+        return ReferenceFeatures(extractor, features, moments(features), radii(features, K))
     rows, own = share.own(count)
     streamed = _streamed(_features(extractor, data, part, device) for part in rows[:own].split(_BLOCK))
     whole = streamed
     for rank, other in enumerate(share.everyone((streamed.mean.cpu(), streamed.cov.cpu(), streamed.n))):
         part = Moments(other[0].to(whole.mean), other[1].to(whole.mean), other[2])
         whole = part if rank == 0 else merge(whole, part)
-    return ReferenceFeatures(extractor, features, whole, radii(features, K), spatial=spatial)
-
-
-def held_out_features(reference: ReferenceFeatures, data: Dataset, device: torch.device) -> Tensor:
-    """The features ``[N, D]`` of data that no model has seen, at most as many as the reference has."""
-    count = len(data.x)
-    kept = min(count, REFERENCE_FEATURES if reference.features is None else len(reference.features))
-    rows = torch.arange(kept) * count // kept
-    return torch.cat([_features(reference.extractor, data, part, device) for part in rows.split(_BLOCK)])
+    return ReferenceFeatures(extractor, features, whole, radii(features, K))
 
 
 def real_features(extractor: FeatureExtractor, data: Dataset, device: torch.device) -> Iterator[Tensor]:
@@ -110,26 +79,16 @@ def real_features(extractor: FeatureExtractor, data: Dataset, device: torch.devi
 
 
 def _features(extractor: FeatureExtractor, data: Dataset, rows: Tensor, device: torch.device) -> Tensor:
-    return _everything(extractor, data, rows, device).features
-
-
-def _everything(extractor: FeatureExtractor, data: Dataset, rows: Tensor, device: torch.device) -> Everything:
     real = data.samples(rows).to(device)
-    return tiled_everything(extractor, to_uint8(real) if extractor.takes == "uint8" else real)
+    return tiled_features(extractor, to_uint8(real) if extractor.takes == "uint8" else real)
 
 
 def tiled_features(extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    """Features ``[N, D]`` of ``images [N, ...]``, computed as ``tiled_everything`` says."""
-    return tiled_everything(extractor, images).features
-
-
-def tiled_everything(extractor: FeatureExtractor, images: Tensor) -> Everything:
-    """What an extractor finds in ``images [N, ...]``, in one pass. The last batch is filled up to a tile with further
-    copies of the last image: how many there are changes no row's rounding."""
+    """Features ``[N, D]`` of ``images [N, ...]``, the last batch filled up to a tile with further copies of the last
+    image: how many there are changes no row's rounding."""
     missing = -len(images) % TILE
     filled = torch.cat((images, images[-1:].expand(missing, *images.shape[1:]))) if missing else images
-    found = extract_everything(extractor, filled)
-    return Everything(*(None if part is None else part[: len(images)] for part in found))  # type: ignore[arg-type]
+    return extract(extractor, filled)[: len(images)]
 
 
 def feature_moments(

@@ -19,20 +19,12 @@ from fewstep.data.digests import content_digest
 from fewstep.errors import FewstepError
 from fewstep.evaluation.bank import Bank, Finished
 from fewstep.evaluation.config import EvaluateConfig
-from fewstep.evaluation.features import FeatureExtractor, metric_name
+from fewstep.evaluation.features import Classifier, FeatureExtractor, class_accuracy, metric_name
 from fewstep.evaluation.floor import real_floor
-from fewstep.evaluation.frechet import frechet_distance, moments
-from fewstep.evaluation.further import further, nearest_training_images
 from fewstep.evaluation.metrics import differences, outcome
 from fewstep.evaluation.protocol import Protocol, digest_of
 from fewstep.evaluation.quantise import clamped_fraction, to_uint8
-from fewstep.evaluation.reference import (
-    TILE,
-    ReferenceFeatures,
-    held_out_features,
-    reference_features,
-    tiled_everything,
-)
+from fewstep.evaluation.reference import TILE, ReferenceFeatures, reference_features, tiled_features
 from fewstep.evaluation.results import Measured, Row
 from fewstep.evaluation.share import ALONE, Share
 from fewstep.evaluation.speed import measure_speed, percentile, synchronise
@@ -87,7 +79,6 @@ class Setting:
     seed: int
     device: torch.device
     share: Share = ALONE
-    held_out: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,6 @@ def sweep(
     share: Share = ALONE,
     bank: Bank | None = None,
     known: Iterable[ReferenceFeatures] = (),
-    held_out: Dataset | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows for every candidate and step count, and the reference they were measured against.
 
@@ -120,8 +110,7 @@ def sweep(
     outside a student's training is a ``ValueError`` before any sampling starts.
 
     Every process of ``share`` gets all rows. ``bank`` keeps finished rows and gives back those of an earlier call with
-    the same protocol and weights. ``known`` are references that need not be computed. ``held_out`` are data that no
-    model has seen, beside which memorised samples show.
+    the same protocol and weights. ``known`` are references that need not be computed.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.role != "teacher")
     for candidate in candidates:
@@ -131,9 +120,7 @@ def sweep(
     references = [
         given.get(extractor.name) or reference_features(extractor, data, device, share) for extractor in extractors
     ]
-    if held_out is not None:
-        references = [replace(each, held_out=held_out_features(each, held_out, device)) for each in references]
-    setting = Setting(data, references, protocol_of(references, data, config.n), config, seed, device, share, held_out)
+    setting = Setting(data, references, protocol_of(references, data, config.n), config, seed, device, share)
     found = _Sweep(setting, bank or Bank(), candidates)
     total = sum(len(candidate.steps) for candidate in candidates)
     rows: list[tuple[int, Row]] = []
@@ -238,7 +225,6 @@ class _Sweep:
         setting = self.setting
         document = {
             "protocol": setting.protocol.to_json(),
-            "held out": None if setting.held_out is None else content_digest(setting.held_out),
             "extractors": {each.extractor.name: each.extractor.digest for each in setting.references},
             "seed": setting.seed,
             "where": dict(self.bank.where),
@@ -342,29 +328,28 @@ def measured_samples(images: Tensor, x: Tensor | None, setting: Setting) -> Fini
     metrics: dict[str, Measured] = {}
     influences: dict[str, Tensor] = {}
     per_class: dict[str, list[float]] = {}
-    neighbours: Tensor | None = None
     heavy: tuple[str, ...] = ()
     label = data.drawn_condition(torch.arange(n, device=setting.device)) if x is not None else None
     for reference in setting.references:
         extractor = reference.extractor
         floating = images.float() / 127.5 - 1 if x is None else x
-        own = tiled_everything(extractor, images if extractor.takes == "uint8" else floating)
-        features = share.gather(own.features, n)
-        spatial = None if own.spatial is None else share.gather(own.spatial, n)
+        own = tiled_features(extractor, images if extractor.takes == "uint8" else floating)
+        features = share.gather(own, n)
         if not share.main:
             continue
         found = outcome(reference, features, classes=0 if x is None else data.num_classes)
         metrics |= found.metrics
         influences |= found.influences
         heavy += found.heavy
-        if spatial is not None and reference.spatial is not None:
-            distance = frechet_distance(reference.spatial, moments(spatial))
-            metrics[metric_name("sfid", extractor.name)] = Measured(distance)
-        beyond = further(reference, features, label if isinstance(label, Tensor) else None, data, found.influences)
-        metrics |= beyond.metrics
-        per_class |= beyond.per_class
-        if neighbours is None and data.kind == "image":
-            neighbours = nearest_training_images(reference, features[: min(n, COUNT)], data)
+        if isinstance(extractor, Classifier) and isinstance(label, Tensor):
+            logits = extractor.logits(features)
+            name = metric_name("accuracy", extractor.name)
+            if logits.shape[1] == data.num_classes:  # it knows these classes
+                metrics[name] = Measured(class_accuracy(logits, label))
+                per_class[name] = [
+                    class_accuracy(logits[label == k], label[label == k]) if bool((label == k).any()) else float("nan")
+                    for k in range(data.num_classes)
+                ]
         if data.kind == "points" and reference.features is not None:
             metrics[metric_name("w2", extractor.name)] = Measured(wasserstein2(reference.features, features))
     if data.kind == "image" and x is not None:
@@ -388,7 +373,6 @@ def measured_samples(images: Tensor, x: Tensor | None, setting: Setting) -> Fini
         params=0,
         digest="",
         samples_png=samples_strip(first, data.kind),
-        neighbours_png=None if neighbours is None else samples_strip(quantised(neighbours, data), data.kind),
         per_class=per_class,
         heavy=heavy,
     )
