@@ -236,8 +236,10 @@ class _Gates:
         """Name the leading metrics; a gate on features that are not measured is a ``UsageError``."""
         if not self.given:
             return
-        from fewstep.evaluation.features import metric_name
+        from fewstep.evaluation.features import extractor_name, metric_name
         from fewstep.evaluation.gates import Gate
+
+        features = [extractor_name(name) for name in features]
 
         (_, max_fd), (_, max_fid), (_, min_recall) = self._leading
         if max_fid is not None:

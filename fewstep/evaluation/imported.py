@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.features import FeatureExtractor
+from fewstep.evaluation.extractor import FeatureExtractor
 from fewstep.evaluation.frechet import Moments, moments
 from fewstep.evaluation.neighbours import radii
 from fewstep.evaluation.reference import K, ReferenceFeatures, tiled_features
@@ -96,6 +96,7 @@ def imported_reference(found: Imported, extractor: FeatureExtractor, device: tor
         known,
         None if features is None else radii(features, K),
         {"dataset": found.path.name, "digest": found.digest, "n": found.n, "imported": True},
+        found.spatial,
     )
 
 

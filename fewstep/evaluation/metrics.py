@@ -1,26 +1,49 @@
 """Every metric of one set of features against a reference, with what its interval and paired differences need.
 
-Shapes: N reference samples, M generated ones, D features.
+Shapes: N reference samples, M generated ones, D features, K classes of a classifier.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.features import metric_name
+from fewstep.evaluation.cmmd import cmmd
+from fewstep.evaluation.extractor import Everything
+from fewstep.evaluation.features import class_accuracy, metric_name
 from fewstep.evaluation.frechet import frechet_distance, half_split, moments
-from fewstep.evaluation.intervals import frechet_influence, heavy, interval, kernel_influence_from, paired
+from fewstep.evaluation.inception_score import inception_score
+from fewstep.evaluation.intervals import (
+    frechet_influence,
+    heavy,
+    interval,
+    kernel_influence_from,
+    paired,
+)
 from fewstep.evaluation.kernel import kernel_means
+from fewstep.evaluation.memorisation import authentic
 from fewstep.evaluation.neighbours import manifold_indicators, manifold_metrics
-from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, LEVEL
+from fewstep.evaluation.per_class import few_samples, frechet_per_class, mean_per_class, moments_per_class
+from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, LEVEL, SCORE_PARTS
 from fewstep.evaluation.reference import ReferenceFeatures
 from fewstep.evaluation.results import Measured
 
-KINDS = ("fd", "fd_debiased", "kd", "precision", "recall", "density", "coverage")
-_RANGES = {"precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0), "density": (0.0, math.inf)}
+_RANGES = {
+    **dict.fromkeys(("precision", "recall", "coverage", "authentic"), (0.0, 1.0)),
+    "density": (0.0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of generated samples ``[M]`` and of the reference's ``[N]`` (None where they are not known)."""
+
+    gen_M: Tensor
+    ref_N: Tensor | None
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +55,7 @@ class Outcome:
     metrics: Mapping[str, Measured]
     influences: Mapping[str, Tensor] = field(default_factory=dict)
     heavy: tuple[str, ...] = ()
+    per_class: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def compare(reference: ReferenceFeatures, features: Tensor) -> dict[str, float]:
@@ -57,28 +81,46 @@ def compare(reference: ReferenceFeatures, features: Tensor) -> dict[str, float]:
     }
 
 
-def outcome(reference: ReferenceFeatures, features: Tensor, *, classes: int = 0) -> Outcome:
-    """Distances and manifold metrics of features ``[M, D]``, whose row ``i`` is of class ``i mod classes``.
+def outcome(
+    reference: ReferenceFeatures, seen: Everything, *, labels: Labels | None = None, leading: bool = True
+) -> Outcome:
+    """All metrics of what an extractor has ``seen``. ``labels`` are those that samples were generated from. Whether
+    samples are authentic costs another pass and is asked of the ``leading`` features alone.
 
     A reference without features has no kernel distance and no neighbours.
     """
-    found = [_frechet(reference, features, max(1, classes))]
+    found = [_frechet(reference, seen.features, labels)]
     if reference.features is not None and reference.radii is not None:
-        found += [_kernel(reference, features), _manifold(reference, features)]
+        found += [_kernel(reference, seen.features), _manifold(reference, seen.features, labels)]
+        if reference.extractor.name.startswith("clip"):
+            value = cmmd(reference.features, seen.features)
+            found.append(Outcome({metric_name("cmmd", reference.extractor.name): Measured(value)}))
+        if leading:
+            found.append(_authentic(reference, seen.features))
+    if seen.logits is not None:
+        found.append(_classified(reference.extractor.name, seen.logits, labels))
+    if seen.spatial is not None and reference.spatial is not None:
+        value = frechet_distance(reference.spatial, moments(seen.spatial))
+        found.append(Outcome({metric_name("sfid", reference.extractor.name): Measured(value)}))
     return Outcome(
         {name: measured for part in found for name, measured in part.metrics.items()},
         {name: influence for part in found for name, influence in part.influences.items()},
         tuple(name for part in found for name in part.heavy),
+        {name: values for part in found for name, values in part.per_class.items()},
     )
 
 
-def _frechet(reference: ReferenceFeatures, features: Tensor, classes: int) -> Outcome:
+def _frechet(reference: ReferenceFeatures, features: Tensor, labels: Labels | None) -> Outcome:
     gen, name = moments(features), reference.extractor.name
     plain = frechet_distance(reference.moments, gen)
     fd, debiased = metric_name("fd", name), metric_name("fd_debiased", name)
     if len(features) // 2 <= features.shape[1]:  # halves of fewer samples than dimensions follow another law
         return Outcome({fd: Measured(plain)})
+    classes = 1 if labels is None else labels.classes
     quarter = torch.arange(len(features), device=features.device) // classes % 4
+    per_class = {} if labels is None else _frechet_per_class(reference, features, labels)
+    if int(torch.bincount(quarter, minlength=4).min()) < 2:
+        return Outcome({fd: Measured(plain)}, per_class=per_class)
     value = half_split([moments(features[quarter == k]) for k in range(4)], reference.moments)
     influence = frechet_influence(reference.moments, gen, features)
     low, high = interval(value, influence, LEVEL)
@@ -86,22 +128,36 @@ def _frechet(reference: ReferenceFeatures, features: Tensor, classes: int) -> Ou
         {fd: Measured(plain, low, high), debiased: Measured(value, low, high)},
         {debiased: influence},
         (fd, debiased) if heavy(influence) else (),
+        per_class,
     )
+
+
+def _frechet_per_class(reference: ReferenceFeatures, features: Tensor, labels: Labels) -> dict[str, list[float]]:
+    """Distances within each class, where all have more samples than dimensions."""
+    if reference.features is None or labels.ref_N is None:
+        return {}
+    least = min(int(torch.bincount(each, minlength=labels.classes).min()) for each in (labels.gen_M, labels.ref_N))
+    if least <= features.shape[1]:
+        return {}
+    ref = moments_per_class(reference.features, labels.ref_N, labels.classes)
+    gen = moments_per_class(features, labels.gen_M, labels.classes)
+    assert not few_samples(ref, gen)
+    return {metric_name("fd", reference.extractor.name): frechet_per_class(ref, gen)}
 
 
 def _kernel(reference: ReferenceFeatures, features: Tensor) -> Outcome:
     assert reference.features is not None
     name = metric_name("kd", reference.extractor.name)
     means = kernel_means(reference.features, features, ref=reference.kernel_mean)
-    influence, value = kernel_influence_from(means), means.distance
+    influence = kernel_influence_from(means)
     return Outcome(
-        {name: Measured(value, *interval(value, influence, LEVEL))},
+        {name: Measured(means.distance, *interval(means.distance, influence, LEVEL))},
         {name: influence},
         (name,) if heavy(influence) else (),
     )
 
 
-def _manifold(reference: ReferenceFeatures, features: Tensor) -> Outcome:
+def _manifold(reference: ReferenceFeatures, features: Tensor, labels: Labels | None) -> Outcome:
     assert reference.features is not None
     found = manifold_indicators(
         reference.features,
@@ -110,24 +166,53 @@ def _manifold(reference: ReferenceFeatures, features: Tensor) -> Outcome:
         k_dc=K_DENSITY_COVERAGE,
         ref_radii=reference.radii,
     )
-    influences = {
-        "precision": found.precise_M.double(),
-        "recall": found.recalled_N.double(),
-        "density": found.inside_M.double() / K_DENSITY_COVERAGE,
-        "coverage": found.covered_N.double(),
-    }
-    metrics, named = {}, {}
-    for kind, influence in influences.items():
-        name = metric_name(kind, reference.extractor.name)
-        least, most = _RANGES[kind]
-        value = float(influence.mean())
-        named[name] = influence
-        if not bool(influence.std() > 0):  # none or all of them: a normal interval would be a point
-            metrics[name] = Measured(value)
-            continue
-        low, high = interval(value, influence, LEVEL)
-        metrics[name] = Measured(value, max(low, least), min(high, most))
-    return Outcome(metrics, named)
+    name = reference.extractor.name
+    parts = [
+        _mean(metric_name("precision", name), found.precise_M.double(), "precision"),
+        _mean(metric_name("recall", name), found.recalled_N.double(), "recall"),
+        _mean(metric_name("density", name), found.inside_M.double() / K_DENSITY_COVERAGE, "density"),
+        _mean(metric_name("coverage", name), found.covered_N.double(), "coverage"),
+    ]
+    per_class: dict[str, list[float]] = {}
+    if labels is not None:
+        per_class[metric_name("precision", name)] = mean_per_class(found.precise_M, labels.gen_M, labels.classes)
+        if labels.ref_N is not None:
+            per_class[metric_name("recall", name)] = mean_per_class(found.recalled_N, labels.ref_N, labels.classes)
+    return Outcome(
+        {name: measured for part in parts for name, measured in part.metrics.items()},
+        {name: influence for part in parts for name, influence in part.influences.items()},
+        per_class=per_class,
+    )
+
+
+def _authentic(reference: ReferenceFeatures, features: Tensor) -> Outcome:
+    assert reference.features is not None
+    of_each = authentic(features, reference.features, reference.nearest_other).double()
+    return _mean(metric_name("authentic", reference.extractor.name), of_each, "authentic")
+
+
+def _mean(name: str, influence: Tensor, kind: str) -> Outcome:
+    """A metric that is the mean of what each sample says."""
+    least, most = _RANGES[kind]
+    value = float(influence.mean())
+    if not bool(influence.std() > 0):  # none or all of them: a normal interval would be a point
+        return Outcome({name: Measured(value)}, {name: influence})
+    low, high = interval(value, influence, LEVEL)
+    return Outcome({name: Measured(value, max(low, least), min(high, most))}, {name: influence})
+
+
+def _classified(extractor: str, logits: Tensor, labels: Labels | None) -> Outcome:
+    """What a classifier says: its score, and its accuracy where its classes are those of the data."""
+    metrics: dict[str, Measured] = {}
+    per_class: dict[str, list[float]] = {}
+    if len(logits) >= SCORE_PARTS:
+        metrics[metric_name("is", extractor)] = Measured(inception_score(logits, SCORE_PARTS)[0])
+    if labels is not None and logits.shape[1] == labels.classes:
+        name = metric_name("accuracy", extractor)
+        metrics[name] = Measured(class_accuracy(logits, labels.gen_M))
+        right_M = logits.argmax(1) == labels.gen_M.to(logits.device)
+        per_class[name] = mean_per_class(right_M, labels.gen_M, labels.classes)
+    return Outcome(metrics, per_class=per_class)
 
 
 def differences(
@@ -139,16 +224,12 @@ def differences(
     """Metrics minus those of another row of the same noise, with the ends of their 95 % interval: of all that both have
     an influence for. Of the Fréchet distance it is the difference of the debiased values: the bias does not cancel."""
     found = {}
+    reach = NormalDist().inv_cdf((1 + LEVEL) / 2)
     for name, influence in influences.items():
         other = anchor_influences.get(name)
         if other is None or len(other) != len(influence):
             continue
         value = metrics[name].value - anchor[name].value
-        error = _quantile() * paired(influence.double().cpu(), other.double().cpu())
+        error = reach * paired(influence.double().cpu(), other.double().cpu())
         found[name] = Measured(value, value - error, value + error) if error > 0 else Measured(value)
     return found
-
-
-def _quantile() -> float:
-    """How many standard errors reach to the end of a normal interval."""
-    return math.sqrt(2) * float(torch.erfinv(torch.tensor(LEVEL, dtype=torch.float64)))

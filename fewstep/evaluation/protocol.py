@@ -12,6 +12,7 @@ LEVEL = 0.95
 K_PRECISION_RECALL = 3
 K_DENSITY_COVERAGE = 5
 FLOOR_SPLITS = 4
+SCORE_PARTS = 10
 REFERENCE_FEATURES = 50_000
 """Of a larger reference the distances between pairs of features see so many, evenly spaced."""
 
@@ -45,6 +46,9 @@ class Protocol:
     neighbours: str = (
         f"precision, recall: k = {K_PRECISION_RECALL}; density, coverage: k = {K_DENSITY_COVERAGE}; distance <= radius"
     )
+    spatial: str = "the Fréchet distance of an early map's values, flattened height, width, channels"
+    inception_score: str = f"mean of {SCORE_PARTS} parts in the order of the samples"
+    authentic: str = "share whose nearest reference sample has another one nearer; leading features"
     large_reference: str = f"neighbours and kernel see at most {REFERENCE_FEATURES} samples of it, evenly spaced"
     intervals: str = (
         f"{LEVEL:.0%}, given the reference, by the delta method, approximate; of a Fréchet distance around its "

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.features import FeatureExtractor
+from fewstep.evaluation.extractor import FeatureExtractor
 from fewstep.evaluation.imported import imported_reference, metric_key, read_imported, serves
 from fewstep.evaluation.reference import ReferenceFeatures
 from fewstep.evaluation.refstats import SUFFIX, read_refstats, refstats_facts

@@ -1,7 +1,8 @@
 """Reference statistics in a file, ``*.refstats.safetensors``: computed once, used by every evaluation.
 
-Tensors ``mean [D]``, ``cov [D, D]``, ``factor [D, R]`` (float64), ``features [N, D]`` and ``radii [N, K]`` (float32);
-what they are of and how they were made is in the metadata. Nothing in such a file can run.
+Tensors ``mean [D]``, ``cov [D, D]``, ``factor [D, R]`` (float64), ``features [N, D]`` and ``radii [N, K]`` (float32),
+``label [N]`` where there are classes, ``spatial_mean`` and ``spatial_cov`` where the extractor has a map. What they are
+of and how they were made is in the metadata. Nothing in such a file can run.
 """
 
 import json
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fewstep.checkpoint import write_tensors
 from fewstep.errors import UsageError
-from fewstep.evaluation.features import FeatureExtractor
+from fewstep.evaluation.extractor import FeatureExtractor
 from fewstep.evaluation.frechet import Moments
 from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL
 from fewstep.evaluation.reference import K, ReferenceFeatures
@@ -28,6 +29,9 @@ def write_refstats(path: Path, reference: ReferenceFeatures, *, dataset: str, da
     tensors = {"mean": reference.moments.mean, "cov": reference.moments.cov, "factor": reference.moments.factor}
     if reference.features is not None and reference.radii is not None:
         tensors |= {"features": reference.features, "radii": reference.radii}
+        tensors |= {} if reference.label is None else {"label": reference.label}
+    if reference.spatial is not None:
+        tensors |= {"spatial_mean": reference.spatial.mean, "spatial_cov": reference.spatial.cov}
     facts = {
         "format": FORMAT,
         "extractor": reference.extractor.name,
@@ -65,6 +69,9 @@ def read_refstats(path: Path, extractor: FeatureExtractor, device: torch.device)
         raise _damaged(path, error) from error
     if "factor" in tensors:  # as the cached property would have it
         found.__dict__["factor"] = tensors["factor"].to(device)
+    spatial = None
+    if "spatial_mean" in tensors and "spatial_cov" in tensors:
+        spatial = Moments(tensors["spatial_mean"].to(device), tensors["spatial_cov"].to(device), n)
     features, radii = tensors.get("features"), tensors.get("radii")
     if radii is not None and radii.shape[1] < K:
         features = radii = None
@@ -74,6 +81,8 @@ def read_refstats(path: Path, extractor: FeatureExtractor, device: torch.device)
         found,
         None if radii is None else radii.to(device),
         {"dataset": said["dataset"], "digest": said["dataset_digest"], "kind": said["kind"], "n": n, "imported": False},
+        spatial,
+        label=None if features is None or "label" not in tensors else tensors["label"].to(device),
     )
 
 

@@ -19,12 +19,14 @@ from fewstep.data.digests import content_digest
 from fewstep.errors import FewstepError
 from fewstep.evaluation.bank import Bank, Finished
 from fewstep.evaluation.config import EvaluateConfig
-from fewstep.evaluation.features import Classifier, FeatureExtractor, class_accuracy, metric_name
+from fewstep.evaluation.extractor import Everything, FeatureExtractor
+from fewstep.evaluation.features import extractor_facts, metric_name
 from fewstep.evaluation.floor import real_floor
-from fewstep.evaluation.metrics import differences, outcome
+from fewstep.evaluation.memorisation import nearest
+from fewstep.evaluation.metrics import Labels, differences, outcome
 from fewstep.evaluation.protocol import Protocol, digest_of
 from fewstep.evaluation.quantise import clamped_fraction, to_uint8
-from fewstep.evaluation.reference import TILE, ReferenceFeatures, reference_features, tiled_features
+from fewstep.evaluation.reference import TILE, ReferenceFeatures, reference_features, tiled_everything
 from fewstep.evaluation.results import Measured, Row
 from fewstep.evaluation.share import ALONE, Share
 from fewstep.evaluation.speed import measure_speed, percentile, synchronise
@@ -329,29 +331,26 @@ def measured_samples(images: Tensor, x: Tensor | None, setting: Setting) -> Fini
     influences: dict[str, Tensor] = {}
     per_class: dict[str, list[float]] = {}
     heavy: tuple[str, ...] = ()
-    label = data.drawn_condition(torch.arange(n, device=setting.device)) if x is not None else None
-    for reference in setting.references:
+    closest: Tensor | None = None
+    floating = images.float() / 127.5 - 1 if x is None else x
+    for place, reference in enumerate(setting.references):
         extractor = reference.extractor
-        floating = images.float() / 127.5 - 1 if x is None else x
-        own = tiled_features(extractor, images if extractor.takes == "uint8" else floating)
-        features = share.gather(own, n)
+        own = tiled_everything(extractor, images if extractor.takes == "uint8" else floating)
+        logits, spatial = (None if part is None else share.gather(part, n) for part in (own.logits, own.spatial))
+        seen = Everything(share.gather(own.features, n), logits, spatial)
         if not share.main:
             continue
-        found = outcome(reference, features, classes=0 if x is None else data.num_classes)
+        labels = None if x is None else _generated_from(setting, reference)
+        found = outcome(reference, seen, labels=labels, leading=place == 0)
         metrics |= found.metrics
         influences |= found.influences
+        per_class |= found.per_class
         heavy += found.heavy
-        if isinstance(extractor, Classifier) and isinstance(label, Tensor):
-            logits = extractor.logits(features)
-            name = metric_name("accuracy", extractor.name)
-            if logits.shape[1] == data.num_classes:  # it knows these classes
-                metrics[name] = Measured(class_accuracy(logits, label))
-                per_class[name] = [
-                    class_accuracy(logits[label == k], label[label == k]) if bool((label == k).any()) else float("nan")
-                    for k in range(data.num_classes)
-                ]
         if data.kind == "points" and reference.features is not None:
-            metrics[metric_name("w2", extractor.name)] = Measured(wasserstein2(reference.features, features))
+            metrics[metric_name("w2", extractor.name)] = Measured(wasserstein2(reference.features, seen.features))
+        if place == 0 and reference.features is not None and reference.rows is not None and data.kind == "image":
+            at = nearest(seen.features[: max(2, min(n, COUNT))], reference.features)[1]
+            closest = to_uint8(data.samples(reference.rows[at.cpu()]))
     if data.kind == "image" and x is not None:
         outside = share.everyone((clamped_fraction(x) * len(x)) if len(x) else 0.0)
         metrics["clamped"] = Measured(sum(outside) / n)
@@ -373,10 +372,20 @@ def measured_samples(images: Tensor, x: Tensor | None, setting: Setting) -> Fini
         params=0,
         digest="",
         samples_png=samples_strip(first, data.kind),
+        neighbours_png=None if closest is None else samples_strip(closest, data.kind),
         per_class=per_class,
         heavy=heavy,
     )
     return Finished(row, {name: influence.float().cpu() for name, influence in influences.items()})
+
+
+def _generated_from(setting: Setting, reference: ReferenceFeatures) -> Labels | None:
+    """The classes of samples and of the reference's, where there are classes."""
+    data, device = setting.data, setting.device
+    label = data.drawn_condition(torch.arange(setting.config.n, device=device))
+    if not isinstance(label, Tensor) or not data.num_classes:
+        return None
+    return Labels(label, reference.label, data.num_classes)
 
 
 def gap_metrics(square_n: Tensor) -> dict[str, Measured]:
@@ -448,7 +457,7 @@ def describe_reference(setting: Setting) -> dict[str, Any]:
         "dataset": setting.data.name if whole is None else whole["dataset"],
         "n": len(setting.data.x) if whole is None else whole["n"],
         "extractors": {
-            reference.extractor.name: {"dim": len(reference.moments.mean), "digest": reference.extractor.digest}
+            reference.extractor.name: {**extractor_facts(reference.extractor), "dim": len(reference.moments.mean)}
             for reference in setting.references
         },
         "floor": floor,

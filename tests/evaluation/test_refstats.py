@@ -11,6 +11,7 @@ import torch
 from fewstep.data.config import DigitsConfig
 from fewstep.data.load import load_data
 from fewstep.errors import UsageError
+from fewstep.evaluation.extractor import Everything
 from fewstep.evaluation.features import build_extractor
 from fewstep.evaluation.imported import imported_reference, read_imported, read_samples, serves
 from fewstep.evaluation.metrics import compare, outcome
@@ -78,7 +79,7 @@ def test_mu_and_sigma_give_the_frechet_distance_and_nothing_else(reference: Refe
     (found,) = known_references([path], [build_extractor("identity"), PIXELS], (1, 8, 8), CPU)
     assert found.facts["imported"] is True
     assert found.facts["n"] is None
-    measured = outcome(found, GENERATED).metrics
+    measured = outcome(found, Everything(GENERATED, None, None)).metrics
     assert set(measured) == {"fd_identity", "fd_debiased_identity"}  # the first of two that fit
     assert measured["fd_identity"].value == pytest.approx(compare(reference, GENERATED)["fd_pixels"], rel=1e-9)
 
