@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,7 @@ from fewstep.compat import prepare_torchvision
 from fewstep.errors import EnvironmentFault
 from fewstep.evaluation.extractor import as_colour, extractor_digest, tensors_digest
 from fewstep.evaluation.weights import WeightsFolder, find_folder
+from fewstep.files import digest
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -92,7 +94,6 @@ def load_encoder(
     encoder = encoders[name]
     folder = find_folder(WeightsFolder(name, encoder.repository), weights)
     network = _load(folder, name, encoder)
-    weights_digest = tensors_digest(network.state_dict())  # as stored: what is resampled depends on the machine
     if encoder.family == "dinov2":
         resample_positions(network, encoder.size // encoder.patch)
     network = network.eval().requires_grad_(False)
@@ -100,9 +101,22 @@ def load_encoder(
     mean, std = _normalisation(encoder)
     text = f"{encoder.family}: bicubic antialias {encoder.size}, unclipped, u / 255 - {mean} over {std}"
     built = {"heads": config.num_attention_heads, "activation": config.hidden_act, "eps": config.layer_norm_eps}
-    digest = extractor_digest(f"{text}, {json.dumps(built)}", weights_digest.encode())
+    found = extractor_digest(f"{text}, {json.dumps(built)}", stored_digest(folder).encode())
     facts = {"preprocessing": text, "weights": encoder.repository}
-    return Encoded(device, network.to(device), encoder, name, digest, facts)
+    return Encoded(device, network.to(device), encoder, name, found, facts)
+
+
+def stored_digest(folder: Path) -> str:
+    """SHA-256 in hex over the tensors in the safetensors files of a folder, however they are spread over these.
+
+    Of the files, not of the network: the library's names for its tensors change from version to version.
+    """
+    digests = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                digests[name] = tensors_digest({name: file.get_tensor(name)})
+    return digest(json.dumps(digests, sort_keys=True).encode())
 
 
 def resample_positions(network: Any, patches: int) -> None:
@@ -132,8 +146,9 @@ def _load(folder: Path, name: str, encoder: Encoder) -> Any:
         said = " ".join(str(error).split())[:160]
         raise EnvironmentFault(f"{name} needs transformers ({said}): pip install 'fewstep[encoders]'") from error
     kind = Dinov2Model if encoder.family == "dinov2" else CLIPVisionModelWithProjection
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a list of the text tower's tensors, which nobody asked for
+    logging.disable_progress_bar()
     try:
         declared = json.loads((folder / "config.json").read_text())
         if not str(declared.get("model_type", "")).startswith(encoder.family):
@@ -164,4 +179,6 @@ def _load(folder: Path, name: str, encoder: Encoder) -> Any:
         ) from error
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
     return network

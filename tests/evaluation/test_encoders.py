@@ -153,14 +153,16 @@ def test_digests_cover_weights_and_sizes(folders, transformers) -> None:
     other.visual_projection.weight.data[0, 0] += 1
     other.save_pretrained(folders / "clip")
     assert load_encoder("clip", CPU, None, TINY).digest != first
+    changed = load_encoder("clip", CPU, None, TINY).digest
     config = json.loads((folders / "clip" / "config.json").read_text())
     other.save_pretrained(folders / "clip", max_shard_size="2KB")
-    changed = load_encoder("clip", CPU, None, TINY).digest
+    assert len(list((folders / "clip").glob("*.safetensors"))) > 1
+    assert load_encoder("clip", CPU, None, TINY).digest == changed
     (folders / "clip" / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
     assert load_encoder("clip", CPU, None, TINY).digest != changed
 
 
-def test_a_whole_clip_serves(folders, transformers) -> None:
+def test_a_whole_clip_serves(folders, transformers, capfd) -> None:
     """The repositories hold the text tower as well."""
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
     text = {**vision, "vocab_size": 20, "max_position_embeddings": 8}
@@ -170,7 +172,10 @@ def test_a_whole_clip_serves(folders, transformers) -> None:
     torch.manual_seed(1)
     whole = transformers.CLIPModel(config).eval()
     whole.save_pretrained(folders / "whole" / "clip")
+    capfd.readouterr()
     made = load_encoder("clip", CPU, folders / "whole", TINY)
+    assert capfd.readouterr() == ("", "")  # no word of the text tower, no bar
+    assert transformers.utils.logging.is_progress_bar_enabled()
     images = grey_levels(2, 3, 32, 32)
     with torch.no_grad():
         output = whole.vision_model(pixel_values=normalised(images, TINY["clip"])).pooler_output

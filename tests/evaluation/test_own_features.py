@@ -378,6 +378,12 @@ class Mean(torch.nn.Module):
 def square(images):
     return images
 
+def loses(images):
+    return images[1:].flatten(1)
+
+def nothing(images):
+    pass
+
 def breaks(images):
     raise RuntimeError("weights\\nare gone")
 
@@ -410,7 +416,13 @@ def test_a_users_function_and_module(own_module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("square", "a tensor [3, 2, 4, 4] for 3 images"), ("breaks", "RuntimeError: weights are gone")]
+    ("name", "says"),
+    [
+        ("square", "a tensor [3, 2, 4, 4] for 3 images"),
+        ("loses", "a tensor [2, 32] for 3 images"),
+        ("nothing", "a NoneType for 3 images"),
+        ("breaks", "RuntimeError: weights are gone"),
+    ],
 )
 def test_functions_that_give_no_features(own_module, name, says) -> None:
     with pytest.raises(UsageError) as caught:
