@@ -411,6 +411,7 @@ def test_a_users_function_and_module(own_module) -> None:
     assert torch.equal(found, images.flatten(1).float())
     module = build_extractor(f"{own_module}:Mean")
     torch.testing.assert_close(extract(module, images), 2 * images.float().mean((2, 3)))
+    assert not module.function.training
     assert module.digest != made.digest
     assert module.digest == build_extractor(f"{own_module}:Mean").digest
 
