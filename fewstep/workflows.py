@@ -244,11 +244,22 @@ def evaluate_runs(
         share=share,
         bank=bank,
         known=known,
+        held_out=_held_out(settings, data),
     )
     environment["date"] = datetime.date.today().isoformat()
     if share.world > 1:
         environment["processes"] = share.world
     return Report(tuple(rows), tuple({model.name: model for model in facts}.values()), reference, environment)
+
+
+def _held_out(settings: EvaluateConfig, data: Dataset) -> Dataset | None:
+    """The held-out data of an evaluation; ``UsageError`` unless they are of the shape of the data."""
+    if settings.held_out is None:
+        return None
+    found = load_data(settings.held_out)
+    if found.shape != data.shape:
+        raise UsageError(f"evaluate.held_out: {found.name} has shape {list(found.shape)}, the data {list(data.shape)}")
+    return found
 
 
 @dataclass(frozen=True)

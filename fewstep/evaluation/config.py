@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from fewstep.block import Block, SolverName
+from fewstep.data.config import DataConfig
 
 StepCount = Annotated[int, Field(ge=1)]
 
@@ -14,6 +15,7 @@ class EvaluateConfig(Block):
 
     ``solver`` takes the steps of teachers; students have their own rule. ``reference`` names files of statistics that
     take the place of the data: ours (``*.refstats.safetensors``), or ``.npz`` and ``.pkl`` of other projects.
+    ``held_out`` are data of the same kind that no model has seen: beside them memorised samples show.
     """
 
     steps: tuple[StepCount, ...] = Field((1, 2, 4, 8), min_length=1)
@@ -23,6 +25,7 @@ class EvaluateConfig(Block):
     features: tuple[str, ...] = Field(("pixels",), min_length=1)
     batch_size: int = Field(1000, ge=1)
     reference: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    held_out: DataConfig | None = None
 
     @field_validator("reference", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from fewstep.evaluation.intervals import (
     paired,
 )
 from fewstep.evaluation.kernel import kernel_means
-from fewstep.evaluation.memorisation import authentic
+from fewstep.evaluation.memorisation import authentic, nearer_to_training
 from fewstep.evaluation.neighbours import manifold_indicators, manifold_metrics
 from fewstep.evaluation.per_class import few_samples, frechet_per_class, mean_per_class, moments_per_class
 from fewstep.evaluation.protocol import K_DENSITY_COVERAGE, K_PRECISION_RECALL, LEVEL, SCORE_PARTS
@@ -32,7 +32,7 @@ from fewstep.evaluation.reference import ReferenceFeatures
 from fewstep.evaluation.results import Measured
 
 _RANGES = {
-    **dict.fromkeys(("precision", "recall", "coverage", "authentic"), (0.0, 1.0)),
+    **dict.fromkeys(("precision", "recall", "coverage", "authentic", "memorised"), (0.0, 1.0)),
     "density": (0.0, math.inf),
 }
 
@@ -97,6 +97,8 @@ def outcome(
             found.append(Outcome({metric_name("cmmd", reference.extractor.name): Measured(value)}))
         if leading:
             found.append(_authentic(reference, seen.features))
+        if reference.held_out is not None:
+            found.append(_memorised(reference, seen.features))
     if seen.logits is not None:
         found.append(_classified(reference.extractor.name, seen.logits, labels))
     if seen.spatial is not None and reference.spatial is not None:
@@ -189,6 +191,16 @@ def _authentic(reference: ReferenceFeatures, features: Tensor) -> Outcome:
     assert reference.features is not None
     of_each = authentic(features, reference.features, reference.nearest_other).double()
     return _mean(metric_name("authentic", reference.extractor.name), of_each, "authentic")
+
+
+def _memorised(reference: ReferenceFeatures, features: Tensor) -> Outcome:
+    """Beside as many held-out samples as training samples, evenly spaced among these."""
+    train, held_out = reference.features, reference.held_out
+    assert train is not None
+    assert held_out is not None
+    rows = torch.arange(len(held_out), device=train.device) * len(train) // len(held_out)
+    of_each = nearer_to_training(features, train[rows], held_out)
+    return _mean(metric_name("memorised", reference.extractor.name), of_each, "memorised")
 
 
 def _mean(name: str, influence: Tensor, kind: str) -> Outcome:

@@ -40,7 +40,8 @@ class ReferenceFeatures:
     for all rows. Statistics of other projects have moments alone. ``spatial`` are moments of an early map, where the
     extractor has one. ``label`` are the classes of the features ``[N]`` where there are classes, ``rows`` the places
     ``[N]`` of their images in the data, None where these are not at hand. ``facts`` says what they are of, where that
-    is not the data at hand: ``dataset``, ``n``, ``digest``, ``imported``."""
+    is not the data at hand: ``dataset``, ``n``, ``digest``, ``imported``. ``held_out`` are features of data that no
+    model has seen."""
 
     extractor: FeatureExtractor
     features: Tensor | None
@@ -50,6 +51,7 @@ class ReferenceFeatures:
     spatial: Moments | None = None
     rows: Tensor | None = None
     label: Tensor | None = None
+    held_out: Tensor | None = None
 
     @cached_property
     def kernel_mean(self) -> float:
@@ -119,6 +121,14 @@ def _merged(own: Moments, share: Share) -> Moments:
         whole = part if whole is None else merge(whole, part)
     assert whole is not None
     return whole
+
+
+def held_out_features(reference: ReferenceFeatures, data: Dataset, device: torch.device) -> Tensor:
+    """The features ``[N, D]`` of data that no model has seen, at most as many as the reference has."""
+    count = len(data.x)
+    kept = min(count, REFERENCE_FEATURES if reference.features is None else len(reference.features))
+    rows = torch.arange(kept) * count // kept
+    return torch.cat([_features(reference.extractor, data, part, device) for part in rows.split(_BLOCK)])
 
 
 def real_features(extractor: FeatureExtractor, data: Dataset, device: torch.device) -> Iterator[Tensor]:

@@ -26,7 +26,13 @@ from fewstep.evaluation.memorisation import nearest
 from fewstep.evaluation.metrics import Labels, differences, outcome
 from fewstep.evaluation.protocol import Protocol, digest_of
 from fewstep.evaluation.quantise import clamped_fraction, to_uint8
-from fewstep.evaluation.reference import TILE, ReferenceFeatures, reference_features, tiled_everything
+from fewstep.evaluation.reference import (
+    TILE,
+    ReferenceFeatures,
+    held_out_features,
+    reference_features,
+    tiled_everything,
+)
 from fewstep.evaluation.results import Measured, Row
 from fewstep.evaluation.share import ALONE, Share
 from fewstep.evaluation.speed import measure_speed, percentile, synchronise
@@ -81,6 +87,7 @@ class Setting:
     seed: int
     device: torch.device
     share: Share = ALONE
+    held_out: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def sweep(
     share: Share = ALONE,
     bank: Bank | None = None,
     known: Iterable[ReferenceFeatures] = (),
+    held_out: Dataset | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows for every candidate and step count, and the reference they were measured against.
 
@@ -112,7 +120,8 @@ def sweep(
     outside a student's training is a ``ValueError`` before any sampling starts.
 
     Every process of ``share`` gets all rows. ``bank`` keeps finished rows and gives back those of an earlier call with
-    the same protocol and weights. ``known`` are references that need not be computed.
+    the same protocol and weights. ``known`` are references that need not be computed. ``held_out`` are data that no
+    model has seen, beside which memorised samples show in the leading features.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.role != "teacher")
     for candidate in candidates:
@@ -122,7 +131,9 @@ def sweep(
     references = [
         given.get(extractor.name) or reference_features(extractor, data, device, share) for extractor in extractors
     ]
-    setting = Setting(data, references, protocol_of(references, data, config.n), config, seed, device, share)
+    if held_out is not None:
+        references[0] = replace(references[0], held_out=held_out_features(references[0], held_out, device))
+    setting = Setting(data, references, protocol_of(references, data, config.n), config, seed, device, share, held_out)
     found = _Sweep(setting, bank or Bank(), candidates)
     total = sum(len(candidate.steps) for candidate in candidates)
     rows: list[tuple[int, Row]] = []
@@ -227,6 +238,7 @@ class _Sweep:
         setting = self.setting
         document = {
             "protocol": setting.protocol.to_json(),
+            "held out": None if setting.held_out is None else content_digest(setting.held_out),
             "extractors": {each.extractor.name: each.extractor.digest for each in setting.references},
             "seed": setting.seed,
             "where": dict(self.bank.where),

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -144,3 +144,30 @@ def test_points_are_drawn_with_y_upwards() -> None:
     rows, columns = np.nonzero(decode(strip) < 128)
     assert rows.mean() < 48 < columns.mean()
     assert samples_strip(torch.zeros(5, 3), "points") is None
+
+
+def test_what_was_learned_by_heart_shows_beside_held_out_data() -> None:
+    """Half of the samples are nearer to the training set where nothing is copied, nearly all where they are copies."""
+    train, held_out = points(400), replace(points(800), x=points(800).x[400:])
+
+    @dataclass(frozen=True)
+    class Copies(Shifted):
+        def __call__(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> Samples:
+            return Samples(train.x[index_B % 400] + 1e-3 * noise, 1)
+
+    found = {}
+    for name, sampler in (("fresh", Shifted(1.0, 0.0)), ("copies", Copies(1.0, 0.0))):
+        rows, _ = sweep(
+            [candidate(name, "student", sampler, (1,))],
+            train,
+            [build_extractor("identity")],
+            EvaluateConfig(n=400, features=("identity",)),
+            seed=5,
+            device=CPU,
+            held_out=held_out,
+        )
+        found[name] = rows[0].metrics["memorised_identity"]
+    assert found["copies"].value > 0.95
+    assert found["fresh"].low is not None
+    assert found["fresh"].high is not None
+    assert found["fresh"].low < 0.5 < found["fresh"].high
