@@ -70,7 +70,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     """Everything in ``results.json`` but what a clock measured."""
     results = read(folder)
     for row in results["rows"]:
-        del row["latency_ms"], row["images_per_s"]
+        del row["latency_ms"], row["latency_p95_ms"], row["images_per_s"], row["batch"]
     for model in results["models"]:
         del model["train_s"]
     return results

@@ -39,7 +39,7 @@ def numbers(out: Path) -> dict[str, Any]:
     """Everything in ``results.json`` but what a clock measured."""
     results = json.loads((out / "results.json").read_text())
     for row in results["rows"]:
-        del row["latency_ms"], row["images_per_s"]
+        del row["latency_ms"], row["latency_p95_ms"], row["images_per_s"], row["batch"]
     for model in results["models"]:
         del model["train_s"]
     return results

@@ -1,6 +1,7 @@
 """Several methods side by side: `fewstep compare`, and `fewstep demo`, which is a comparison of its own."""
 
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,8 +139,10 @@ def _carry_out(
         for run in runs:
             _train(run, resume=resume, overwrite=overwrite, command=command)
         known = measured_already(comparison, runs, folders[seed]) if resume else None
-        found[seed] = known or _measure(comparison, runs, seed, command)
+        rows = folders[seed] / "evaluation"
+        found[seed] = known or _measure(comparison, runs, seed, rows, command)
         write_results(folders[seed] / "results.json", found[seed])
+        shutil.rmtree(rows, ignore_errors=True)  # they are in the results now
     return over_seeds(found)
 
 
@@ -163,8 +166,8 @@ def _train(run: Run, *, resume: bool, overwrite: bool, command: str) -> None:
         raise
 
 
-def _measure(comparison: "Comparison", runs: Sequence[Run], seed: int, command: str) -> "Report":
-    """The runs of a seed behind a meter; asked to stop, it does so after a row, which is then lost."""
+def _measure(comparison: "Comparison", runs: Sequence[Run], seed: int, keep: Path, command: str) -> "Report":
+    """The runs of a seed behind a meter; asked to stop, it does so after a row. Rows are kept meanwhile."""
     from fewstep.comparison.run import measure_seed
     from fewstep.distill.run import Interrupted
     from fewstep.interrupts import stop_requested
@@ -178,7 +181,7 @@ def _measure(comparison: "Comparison", runs: Sequence[Run], seed: int, command: 
             if stopped():
                 raise Interrupted(f"stopped after {done} of {total} rows; go on with --resume: {command}", done)
 
-        return measure_seed(comparison, runs, seed, seen)
+        return measure_seed(comparison, runs, seed, keep, seen)
 
 
 def _show_results(results: "Report", out: Path, as_json: bool) -> None:

@@ -143,13 +143,14 @@ def train_run(run: Run, *, resume: bool, overwrite: bool, stopped: Callable[[], 
     )
 
 
-def measure_seed(comparison: Comparison, runs: Sequence[Run], seed: int, report: Seen) -> Report:
+def measure_seed(comparison: Comparison, runs: Sequence[Run], seed: int, keep: Path, report: Seen) -> Report:
     """The finished runs of a seed, the teacher at ``teacher_steps`` and each student at the steps that it serves.
 
-    Noise and labels come from the same seed as the training.
+    Noise and labels come from the same seed as the training. Finished rows are kept in ``keep``, for a call that goes
+    on where this one is stopped.
     """
     paths = [run.directory.path for run in runs]
-    return evaluate_runs(paths, settings=comparison.evaluate, seed=seed, served_only=True, report=report)
+    return evaluate_runs(paths, settings=comparison.evaluate, seed=seed, served_only=True, keep=keep, report=report)
 
 
 def measured_already(comparison: Comparison, runs: Sequence[Run], folder: Path) -> Report | None:
