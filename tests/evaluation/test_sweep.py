@@ -168,6 +168,5 @@ def test_what_was_learned_by_heart_shows_beside_held_out_data() -> None:
         )
         found[name] = rows[0].metrics["memorised_identity"]
     assert found["copies"].value > 0.95
-    assert found["fresh"].low is not None
-    assert found["fresh"].high is not None
-    assert found["fresh"].low < 0.5 < found["fresh"].high
+    # Its interval is given both sets, which are of 400 random points each: their own luck comes on top.
+    assert found["fresh"].value == pytest.approx(0.5, abs=0.1)
