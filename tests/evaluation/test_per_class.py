@@ -15,10 +15,10 @@ def normal(n: int, seed: int) -> torch.Tensor:
 
 
 def test_distances_within_each_class():
-    """Class 2 is shifted by (1, 0, 0); class 1 has two samples of three features, class 3 one and class 4 none."""
-    ref, gen = normal(120, 0), normal(103, 1)
+    """Class 2 is shifted by (1, 0, 0); class 1 has as many samples as features, class 3 one, class 4 none."""
+    ref, gen = normal(120, 0), normal(104, 1)
     ref_labels = torch.arange(120) % 5
-    gen_labels = torch.tensor([0, 2] * 50 + [1, 1, 3])
+    gen_labels = torch.tensor([0, 2] * 50 + [1, 1, 1, 3])
     gen[gen_labels == 2, 0] += 1
     ours, theirs = moments_per_class(gen, gen_labels, 5), moments_per_class(ref, ref_labels, 5)
     with warnings.catch_warnings():
