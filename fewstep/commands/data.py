@@ -198,7 +198,9 @@ def data_stats(
         str | None,
         typer.Option("--features", help="Also the mean and covariance of these features, for example pixels."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Their file: .refstats.safetensors for evaluate, or .npz (mu, sigma, n).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Their file: .refstats.safetensors, or .npz (mu, sigma, n).")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Inception weights file, if not in a usual place.")
     ] = None,
