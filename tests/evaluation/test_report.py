@@ -607,14 +607,19 @@ def _sections(page: str) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(heading, re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", body)) for heading, body in found]
 
 
-def test_bars_of_a_figure_are_one_standard_deviation(spread_out: Report) -> None:
+def test_bands_of_a_figure_are_one_standard_deviation(spread_out: Report, report: Report) -> None:
     one = only(spread_out, "digits-meanflow")
     rows = [replace(row, metrics={"recall_pixels": row.metrics["recall_pixels"]}) for row in one.rows]
     without = [replace(row, metrics={"recall_pixels": Measured(0.5)}, seeds=1) for row in rows]
-    (barred,), (plain,) = (figures(Report(tuple(made), (), {"extractors": {"pixels": {}}})) for made in (rows, without))
-    assert "Points and bars: mean and standard deviation over 3 trainings" in barred.caption
-    assert "bars" not in plain.caption
-    assert barred.svg.count("<path") >= plain.svg.count("<path") + len(rows)
+    (banded,), (plain,) = (figures(Report(tuple(made), (), {"extractors": {"pixels": {}}})) for made in (rows, without))
+    assert "Points and bands: mean and standard deviation over 3 trainings" in banded.caption
+    assert "PolyCollection" in banded.svg
+    assert "bands" not in plain.caption
+    assert "PolyCollection" not in plain.svg
+    # A figure of many curves has no room for bands.
+    wide = next(figure for figure in figures(many(report)) if figure.name == "fd_pixels-steps")
+    assert "Points and bars: mean and standard deviation over 1–3 trainings, set apart sideways" in wide.caption
+    assert "PolyCollection" not in wide.svg
     assert wording.ends(Measured(0.5, sd=0.1)) == pytest.approx((0.4, 0.6))
     assert wording.ends(Measured(0.5, 0.3, 0.9, sd=0.1)) == (0.3, 0.9)
     assert wording.ends(Measured(0.5)) is None

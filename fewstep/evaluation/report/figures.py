@@ -166,11 +166,11 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     figure, axes = _canvas(wide, len(curves))
     drawn = {}
     spread_out = any(m.sd is not None for line in lines.values() for _, m in line)
-    banded = not wide and not spread_out
+    banded = not wide
     sidestep = min(SIDESTEP_OCTAVES, MOST_OCTAVES / len(curves))
     for i, curve in enumerate(curves):
         if lines[curve.label]:
-            aside = 1.0 if banded else 2 ** (sidestep * (i - (len(curves) - 1) / 2))
+            aside = 1.0 if banded or not spread_out else 2 ** (sidestep * (i - (len(curves) - 1) / 2))
             look = look_of(curves)[curve.label]
             drawn[curve.label] = _curve(axes, lines[curve.label], look, curve.label, height, aside)
             _noise(axes, bars[curve.label], look["color"], height, aside, banded)
@@ -200,7 +200,8 @@ def _against_steps(report: Report, metric: str) -> Drawn | None:
     if wide:
         caption += " The axes hold the students; what they leave out of the teacher is in the table."
     if spread_out:
-        caption += f" Points and bars: {wording.trainings(report)}, set apart sideways to be seen."
+        aside_words = "" if banded else ", set apart sideways to be seen"
+        caption += f" Points and {'bands' if banded else 'bars'}: {wording.trainings(report)}{aside_words}."
     elif any(bars.values()):
         caption += f" {'Bands' if banded else 'Bars'}: 95% intervals{_around_what(report, metric)}."
     title = f"{wording.first_upper(wording.describe(metric, known))} against steps"

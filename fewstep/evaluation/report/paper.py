@@ -35,7 +35,7 @@ MOST_CLASSES = 12
 def paper_table(report: Report) -> Table:
     """Model, steps, NFE, distances, ratio and difference to the teacher, recall, time and parameters, one line per row.
 
-    A distance whose interval is around its debiased value has that value in a column of its own.
+    The first distance has its debiased value beside it where its interval is around that.
     """
     curves, known, reference, metric = series(report), extractors(report), reference_row(report), primary(report)
     rows = [row for curve in curves for row in curve.rows]
@@ -50,7 +50,8 @@ def paper_table(report: Report) -> Table:
         own = metric_column(rows, name, head_of(name, rows, known, short=True))
         columns.append(own)
         better = debiased(name)
-        if better in metric_names(report) and not any(cell.interval for cell in own.cells):
+        around = better in metric_names(report) and not any(cell.interval for cell in own.cells)
+        if better is not None and name == metric and around:
             columns.append(metric_column(rows, better, head_of(better, rows, known, short=True)))
         if name == metric:
             columns.append(column("ratio", [number(ratio(row, reference, name)) for row in rows]))

@@ -218,7 +218,9 @@ def overview_caption(report: Report) -> str:
         names = [name for name in (*distances(report), recall_of(report, metric)) if measured(reference, name)]
         figures = ", ".join(f"{name} {with_spread(measured(reference, name))}" for name in names)
         parts.append(f"{label_of(report, reference)} at {plural(reference.steps)}: {figures}")
-    return ". ".join(parts) + ". Bold: the best of each column."
+    return (
+        ". ".join(parts) + ". Bold: the best of each column, and what is within noise of it where intervals are known."
+    )
 
 
 def distances(report: Report) -> list[str]:

@@ -189,6 +189,7 @@ def main_metrics(report: Report, extractor: str) -> list[str]:
     ]
     homes = (extractor, None) if extractor == known[0] else (extractor,)
     gaps = [name for name in metric_names(report) if is_gap(name) and split(name, known)[1] in homes]
+    gaps = [name for name in gaps if not name.endswith(("_p50", "_p95"))]
     return [name for name in here if name in metric_names(report)] + gaps
 
 
