@@ -243,7 +243,7 @@ def named(module: str, name: str) -> bytes:
     ],
 )
 def test_a_pickle_cannot_alter_the_reader(program: bytes, tmp_path: Path) -> None:
-    from fewstep.teachers import inert
+    from fewstep import inert
 
     with pytest.raises(pickle.UnpicklingError):
         inert.Record.items = None
