@@ -461,7 +461,14 @@ def long_names(report: Report) -> Report:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("make", [bare, single, awkward, toy, unmeasured, long_names])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bare,
+        awkward,
+        *(pytest.param(make, marks=pytest.mark.thorough) for make in (single, toy, unmeasured, long_names)),
+    ],
+)
 def test_incomplete_reports_are_written(make: Callable[[Report], Report], report: Report, tmp_path: Path) -> None:
     made = make(report)
     page = Page(write_report(made, tmp_path).read_text())
@@ -646,7 +653,7 @@ def with_only(row: Row, *metrics: str) -> Row:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("teacher", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_fourteen_curves_are_told_apart(teacher: bool, report: Report, tmp_path: Path) -> None:
     made = many(report)
     if not teacher:
