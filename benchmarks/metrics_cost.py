@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -129,15 +130,25 @@ def child(metric: str, which: int, files: Iterable[Path]) -> None:
     ref, gen = (torch.from_numpy(np.load(path)) for path in files)
     METRICS[metric](ref[:80, :16].contiguous(), gen[:80, :16].contiguous())[which]()  # what the first call loads
     call = METRICS[metric](ref, gen)[which]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = status_kib("VmRSS")
+    before = peak = anonymous_kib()
+    done = threading.Event()
+
+    def watch() -> None:  # without the pages of libraries, which the kernel takes and gives as it likes
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous_kib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     call()
-    print((status_kib("VmHWM") - before) / 1024)
+    done.set()
+    watcher.join()
+    print((peak - before) / 1024)
 
 
-def status_kib(name: str) -> int:
+def anonymous_kib() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

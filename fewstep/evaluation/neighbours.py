@@ -131,8 +131,7 @@ def centre_of(features_ND: Tensor) -> Tensor:
     common offset. It serves as well as the mean itself, and leaves integers integers, so that a tie stays a tie."""
     features_ND = features_ND.float()
     mean = features_ND.mean(0)
-    off = [(block - mean).square().sum(1) for block in features_ND.split(_CHUNK)]
-    return features_ND[torch.cat(off).argmin()]
+    return features_ND[_norms(features_ND, mean).argmin()]
 
 
 def _radii(x_ND: Tensor, k: int, chunk: int) -> Tensor:
@@ -145,28 +144,39 @@ def _radii(x_ND: Tensor, k: int, chunk: int) -> Tensor:
         found = smallest(square_BN, k)[0] if square_BN.shape[1] > k else square_BN
         nearest_Nk[rows] = torch.cat((nearest_Nk[rows], found), dim=1).topk(k, largest=False, sorted=True).values
 
-    norm_N = x_ND.square().sum(1)
+    norm_N = _norms(x_ND)
+    # Two tiles for all rounds: fresh ones of a different size each time would scatter over the heap.
+    tile, turned = (x_ND.new_empty(min(chunk, len(x_ND)) * len(x_ND)) for _ in range(2))
     for start in range(0, len(x_ND), chunk):
         later, norm = x_ND[start:], norm_N[start:]
-        square_BN = _square(later[:chunk], norm[:chunk], later, norm)
+        rows = min(chunk, len(later))
+        square_BN = tile[: rows * len(later)].view(rows, len(later))
+        _square(later[:rows], norm[:rows], later, norm, out=square_BN)
         square_BN.diagonal().fill_(torch.inf)  # a row is not its own neighbour
-        see(slice(start, start + chunk), square_BN)
-        if len(later) > chunk:
-            see(slice(start + chunk, None), square_BN[:, chunk:].T.contiguous())
+        see(slice(start, start + rows), square_BN)
+        if len(later) > rows:
+            square_NB = turned[: rows * (len(later) - rows)].view(len(later) - rows, rows)
+            see(slice(start + rows, None), square_NB.copy_(square_BN[:, rows:].T))
     return nearest_Nk.sqrt_()
 
 
 def squared_distances(a_MD: Tensor, b_ND: Tensor, chunk: int = _CHUNK) -> Iterator[tuple[int, Tensor]]:
-    """``(start, |a_i - b_j|^2 [B, N])`` for consecutive chunks of rows of ``a``."""
-    a_norm_M, b_norm_N = a_MD.square().sum(1), b_ND.square().sum(1)
+    """``(start, |a_i - b_j|^2 [B, N])`` for consecutive chunks of rows of ``a``, each overwritten by the next."""
+    tile = a_MD.new_empty(min(chunk, len(a_MD)), len(b_ND))
+    a_norm_M, b_norm_N = _norms(a_MD), _norms(b_ND)
     for start in range(0, len(a_MD), chunk):
-        rows = slice(start, start + chunk)
-        yield start, _square(a_MD[rows], a_norm_M[rows], b_ND, b_norm_N)
+        a, norm = a_MD[start : start + chunk], a_norm_M[start : start + chunk]
+        yield start, _square(a, norm, b_ND, b_norm_N, out=tile[: len(a)])
 
 
-def _square(a_BD: Tensor, a_norm_B: Tensor, b_ND: Tensor, b_norm_N: Tensor) -> Tensor:
+def _norms(x_ND: Tensor, centre_D: Tensor | float = 0.0) -> Tensor:
+    """``|x - centre|^2 [N]``, some rows at a time: whole squares would take as much memory as the features."""
+    return torch.cat([(rows - centre_D).square_().sum(1) for rows in x_ND.split(_CHUNK)])
+
+
+def _square(a_BD: Tensor, a_norm_B: Tensor, b_ND: Tensor, b_norm_N: Tensor, out: Tensor) -> Tensor:
     """``|a|^2 + |b|^2 - 2 a.b``, never below 0."""
-    return torch.addmm(b_norm_N, a_BD, b_ND.T, alpha=-2).add_(a_norm_B[:, None]).clamp_(min=0)
+    return torch.addmm(b_norm_N, a_BD, b_ND.T, alpha=-2, out=out).add_(a_norm_B[:, None]).clamp_(min=0)
 
 
 def smallest(values_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
