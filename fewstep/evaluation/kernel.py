@@ -35,7 +35,7 @@ class KernelMeans:
 def kernel_distance(ref_ND: Tensor, gen_MD: Tensor, *, chunk: int = _CHUNK) -> float:
     """``sum_{i != j} k(x_i, x_j) / (N (N - 1)) + the same for y - 2 mean k(x_i, y_j)``, in float64.
 
-    Features ``[N, D]`` and ``[M, D]``, at least two each. Memory: ``chunk`` rows of either in float64, and their kernels.
+    Features ``[N, D]`` and ``[M, D]``, at least two each. Memory: ``chunk`` rows of both in float64, and their kernels.
     """
     return kernel_means(ref_ND, gen_MD, chunk=chunk).distance
 
