@@ -64,8 +64,12 @@ def evaluate(
     min_recall: Annotated[
         float | None, typer.Option("--min-recall", help="Exit 4 if the leading recall of any row of RUN is below this.")
     ] = None,
-    at_most: Annotated[Bounds, typer.Option("--max", help="Exit 4 beyond METRIC=X, or METRIC=X@STEPS.")] = None,
-    at_least: Annotated[Bounds, typer.Option("--min", help="Exit 4 below METRIC=X, or METRIC=X@STEPS.")] = None,
+    at_most: Annotated[
+        Bounds, typer.Option("--max", "--at-most", help="Exit 4 beyond METRIC=X, or METRIC=X@STEPS.")
+    ] = None,
+    at_least: Annotated[
+        Bounds, typer.Option("--min", "--at-least", help="Exit 4 below METRIC=X, or METRIC=X@STEPS.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run against step counts -> RUN/results.json.
@@ -89,6 +93,7 @@ def evaluate(
             _refuse(
                 {"--guidance": guidance, "--window": window, "--ema": ema, "--solver": solver, "--fresh": fresh or None}
             )
+            _refuse({"--processes": processes if processes > 1 else None}, "is for runs: images are drawn already")
             _images(images, data, given, steps, nfe, out, weights, gates, as_json)
             return
         _refuse({"--data": data, "--nfe": nfe or None, "--out": out}, "goes with --images")
