@@ -155,3 +155,17 @@ def test_components_are_those_of_the_reference() -> None:
     covariance = torch.cov(found.features.double().T)
     off = covariance - covariance.diagonal().diag()
     assert float(off.abs().max()) < 1e-4 * float(covariance.diagonal().max())  # uncorrelated, on the reference
+
+
+def test_halves_are_of_balanced_classes() -> None:
+    """Row ``i`` is of class ``i mod 4``, and classes lie far apart: quarters by ``i mod 4`` would be of one class each,
+    and halves of two, whose distances make the debiased value absurd."""
+    place = torch.arange(800) % 4
+    far = 100.0 * torch.nn.functional.one_hot(place, 4)[:, :3].float()
+    reference = reference_of(cloud("data", 800) + far)
+    labels = Labels(place, None, 4)
+    found = outcome(reference, seen(cloud("gen", 800) + far), labels=labels).metrics
+    plain, debiased = (found[f"{kind}_identity"].value for kind in ("fd", "fd_debiased"))
+    assert abs(debiased - plain) < 0.1
+    blind = outcome(reference, seen(cloud("gen", 800) + far)).metrics["fd_debiased_identity"].value
+    assert abs(blind - plain) > 100  # the control
