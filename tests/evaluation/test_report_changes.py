@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from reports import make_report, rich_report
+from typer.testing import CliRunner
 
+from fewstep.cli import app
 from fewstep.errors import UsageError
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.report.changes import as_json, changes, changes_table, read_ledger, read_older
@@ -154,3 +156,21 @@ def test_changes_are_on_the_pages(tmp_path: Path) -> None:
     assert said["values"][0]["verdict"] == "better"
     write_report(now, tmp_path)
     assert "What changed" not in (tmp_path / "report.md").read_text()
+
+
+def test_the_command_says_what_changed(tmp_path: Path) -> None:
+    now = make_report()
+    now = replace(now, rows=tuple(row for row in now.rows if (row.model, row.steps) == ("digits-meanflow", 4)))
+    older = moved(now, "digits-meanflow", 4, fd_pixels=Measured(0.6, 0.58, 0.62))
+    for name, report in (("now", now), ("before", older)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(report.to_json()))
+    line = ["report", str(tmp_path / "now"), "--against", str(tmp_path / "before"), "--json"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)["changes"]
+    assert (said["against"], said["values"][0]["verdict"]) == ("before", "better")
+    assert "1 better" in result.stderr
+    assert "What changed since before" in (tmp_path / "now" / "report" / "index.html").read_text()
+    line[3] = str(tmp_path / "nowhere")
+    assert CliRunner().invoke(app, line).exit_code == 2
