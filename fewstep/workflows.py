@@ -228,7 +228,9 @@ def evaluate_runs(
             facts.append(_teacher_facts(teacher, config))
 
     names = [(candidate.name, candidate.ema, candidate.guidance, candidate.sampler.name) for candidate in candidates]
-    if len(set(names)) < len(names):
+    # Under one name there are several rows of one model, not several models.
+    kinds = {(candidate.name, candidate.role, candidate.objective) for candidate in candidates}
+    if len(set(names)) < len(names) or len({name for name, *_ in kinds}) < len(kinds):
         listed = ", ".join(dict.fromkeys(name for name, *_ in names))
         raise UsageError(f"two of these models have the same name ({listed}): rename one with name=...")
     environment = describe_environment()

@@ -22,6 +22,8 @@ from fewstep.checkpoint import checkpoints, read_checkpoint
 
 STEPS, TOTAL = ("train.steps=12", "train.checkpoint_every=2", "train.keep_checkpoints=100"), 12
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def command(trained: Path) -> tuple[str, ...]:

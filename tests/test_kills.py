@@ -66,13 +66,8 @@ def way_on(run: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param(4, marks=pytest.mark.slow),
-        *(pytest.param(n, marks=pytest.mark.thorough) for n in (0, 1, 2, 3, 5, 6, 7, 8)),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("first", range(9))
 def test_killed_between_any_two_operations_on_files(first: int, trained: Path, tmp_path: Path) -> None:
     """Killed once in the beginning, and once more somewhere in the resumed run."""
     overrides = ("train.steps=1", "objective.start_steps=4", "objective.last_stages_factor=2")
@@ -82,7 +77,7 @@ def test_killed_between_any_two_operations_on_files(first: int, trained: Path, t
     total = in_a_fork((*command, "--out", whole), 10**9)
     assert total > 80
     rng = random.Random(first)
-    for operations in range(first, total, 9):  # all the tests marked thorough included: every one
+    for operations in range(first, total, 9):  # of all nine tests: every one
         run = tmp_path / f"run-{operations}"
         assert in_a_fork((*command, "--out", run), operations) == -1
         assert_sound(run)

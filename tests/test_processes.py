@@ -112,6 +112,7 @@ def test_a_failure_in_the_processes_has_its_exit_code_and_no_traceback(trained: 
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 1
 
 
+@pytest.mark.thorough
 def test_interrupted_processes_stop_together_and_go_on(trained: Path, tmp_path: Path) -> None:
     overrides = (*student(trained / "teacher"), "train.steps=40")
     process = subprocess.Popen(
