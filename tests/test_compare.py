@@ -187,6 +187,7 @@ def test_one_seed_is_as_it_was_measured_and_can_be_measured_otherwise(
 # Interrupts, failures, --resume --------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_line_it_prints_goes_on_to_the_same_bits(
     recipe: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,6 +285,7 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_torchrun_line_runs_two_processes(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITNESS)

@@ -82,6 +82,7 @@ def test_two_processes_train_the_model_of_one(trained: Path, tmp_path: Path, wit
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_torchrun_as_typed(trained: Path, tmp_path: Path, witnessed: dict[str, str]) -> None:
     """Progressive distillation: several stages, each prepared anew."""
     overrides = (*student(trained / "teacher"), "train.steps=4", "objective.start_steps=8")

@@ -450,7 +450,7 @@ def test_the_printed_line_goes_on(trained: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("method", "number", "after", "overrides"),
     [
-        ("meanflow", signal.SIGTERM, 20, ("train.steps=200",)),
+        pytest.param("meanflow", signal.SIGTERM, 20, ("train.steps=200",), marks=pytest.mark.thorough),
         # Stages of 60, 180 and 180 steps: inside the second.
         (
             "progressive",

@@ -216,6 +216,7 @@ def test_fused_attention_is_the_plain_one() -> None:
     assert (fused - plain).norm() < 1e-6 * plain.norm()
 
 
+@pytest.mark.thorough
 def test_compiled_it_is_the_same() -> None:
     """Two graphs, the student's and its derivative's, and no break in either."""
     torch._dynamo.reset()

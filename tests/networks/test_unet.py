@@ -164,6 +164,7 @@ def test_images_in_channels_last() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_compiled_network_and_derivative() -> None:
     """One graph each, checked against eager mode; masks change from step to step without another."""
     torch._dynamo.reset()
