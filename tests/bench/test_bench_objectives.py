@@ -11,20 +11,19 @@ import torch
 from conftest import cli, refuse, succeed
 from torch import Tensor, nn
 
-from fewstep import bench_objectives as module
-from fewstep.bench import Spread
-from fewstep.bench_objectives import (
+from fewstep.bench import measure
+from fewstep.bench import objectives as module
+from fewstep.bench.measure import Spread, Time
+from fewstep.bench.memory import peak_bytes
+from fewstep.bench.objectives import (
     REFERENCE,
     TEXTBOOK,
-    Textbook,
-    _peak_bytes,
-    _Time,
     _Workshop,
     bench_objectives,
     chosen_variants,
-    step_difference,
     variants,
 )
+from fewstep.bench.textbook import Textbook, step_difference
 from fewstep.config import TRAINS, check_config
 from fewstep.data.dataset import Batch, Dataset
 from fewstep.distill.flow_maps.config import AdaptivePowerConfig, MeanFlowConfig
@@ -185,15 +184,13 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     rounds = itertools.count()
 
-    def timed(steps: Iterator[object], device: torch.device) -> _Time:
-        turns.append("fmc"[order.setdefault(id(steps), len(order))])
+    def timed(work: Any, device: torch.device) -> Time:
+        turns.append("fmc"[order.setdefault(id(work), len(order))])
         load = 1 + next(rounds) // 3  # of the machine, another in every round
-        return {"f": _Time(10 * load, load), "m": _Time(30 * load, 5 * load), "c": _Time(20 * load, 2 * load)}[
-            turns[-1]
-        ]
+        return {"f": Time(10 * load, load), "m": Time(30 * load, 5 * load), "c": Time(20 * load, 2 * load)}[turns[-1]]
 
     order: dict[int, int] = {}
-    monkeypatch.setattr(module, "_timed", timed)
+    monkeypatch.setattr(measure, "timed", timed)
     names = ["meanflow", "consistency"]
     kept = {name: variants()[name] for name in [REFERENCE, *names]}
     monkeypatch.setattr(module, "variants", lambda: kept)
@@ -223,7 +220,7 @@ def test_the_peak_of_a_step() -> None:
 
     each = steps()
     next(each)
-    assert _peak_bytes(each, CPU) == pytest.approx(6 * 2**20, abs=1024)
+    assert peak_bytes(each, CPU) == pytest.approx(6 * 2**20, abs=1024)
 
 
 def test_memory_of_the_textbooks_step() -> None:

@@ -1,16 +1,13 @@
 """What fewstep's training loop costs beside the loop one would write by hand: same network, objective and batches."""
 
 import copy
-import datetime
 import functools
 import itertools
-import json
 import statistics
 import tempfile
-import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,18 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from fewstep.bench.measure import (
+    Reported,
+    Spread,
+    Time,
+    device_name,
+    ledger_row,
+    spread,
+    timed,
+    torch_threads,
+    unreported,
+    where,
+)
 from fewstep.checkpoint import RunDirectory
 from fewstep.config import RunConfig
 from fewstep.data.dataset import Batch, BatchSource, Dataset
@@ -26,22 +35,12 @@ from fewstep.distill.log import MetricsLog
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.run import check_training
 from fewstep.distill.train import TrainState, gradient_norm, make_accelerator, train
-from fewstep.environment import describe_environment
 from fewstep.errors import UsageError
 from fewstep.keys import Key
 from fewstep.networks.build import parameter_count
 
 WARM_UP_STEPS = 10
 MAX_BATCH = 2**20
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class TrainBench:
 
     def to_json(self) -> dict[str, Any]:
         """With where and when it was measured: a row of the ledger."""
-        today = datetime.date.today().isoformat()
-        return {"date": today, "bench": "train", **asdict(self), "environment": describe_environment()}
+        return ledger_row("train", self)
 
 
 def bench_training(
@@ -94,7 +92,7 @@ def bench_training(
     pairs: int,
     segment: int = 10,
     threads: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Reported = unreported,
 ) -> TrainBench:
     """Measure ``train`` against a bare loop at the batch size that makes a bare step take ``step_ms``.
 
@@ -114,16 +112,14 @@ def bench_training(
     def objective() -> Objective:
         return stage.build(copy.deepcopy(request.student), None).to(device)
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or config.train.threads or before)
+    with torch_threads(threads or config.train.threads):
 
         def bare_step_ms(batch_size: int) -> float:
             by_hand = BatchesByHand(data, batch_size, config.seed, device)
             by_hand.draw(0, WARM_UP_STEPS)
             steps = bare_training(objective(), by_hand.batch, config.train, seed=config.seed)
             taken = [_segment(steps, 1, device).wall for _ in range(WARM_UP_STEPS)]
-            return 1e3 * statistics.median(taken[WARM_UP_STEPS // 2 :])
+            return statistics.median(taken[WARM_UP_STEPS // 2 :])
 
         batch_size = fitting_batch_size(bare_step_ms, step_ms, config.train.batch_size)
         settings = config.train.model_copy(update={"batch_size": batch_size})
@@ -137,7 +133,7 @@ def bench_training(
         by_hand.draw(0, WARM_UP_STEPS)
         _segment(bare, WARM_UP_STEPS, device)
         _segment(own, WARM_UP_STEPS, device)
-        times: list[tuple[_Time, _Time]] = []
+        times: list[tuple[Time, Time]] = []
         for pair in range(pairs):
             by_hand.draw(WARM_UP_STEPS + pair * segment, segment)
             if pair % 2 == 0:
@@ -148,7 +144,7 @@ def bench_training(
                 a = _segment(bare, segment, device)
             times.append((a, b))
             report(pair + 1, pairs)
-        bare_ms = 1e3 * statistics.median(a.wall for a, _ in times) / segment
+        bare_ms = statistics.median(a.wall for a, _ in times) / segment
         last = next(own)
         parts, keyed_ms = _parts(own_objective, last, source, by_hand, settings, config.seed, device)
         line = 100 * parts["a metrics line"] / bare_ms
@@ -156,23 +152,21 @@ def bench_training(
         parts["the rest"] = bare_ms * overhead.median / 100 - sum(parts.values())
         return TrainBench(
             recipe=config.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=device_name(device),
             threads=torch.get_num_threads(),
             params=parameter_count(request.student),
             batch_size=batch_size,
             pairs=pairs,
             segment=segment,
             bare_ms=bare_ms,
-            fewstep_ms=1e3 * statistics.median(b.wall for _, b in times) / segment + parts["a metrics line"],
-            bare_samples_per_s=statistics.median(batch_size * segment / a.wall for a, _ in times),
-            samples_per_s=statistics.median(batch_size * segment / b.wall for _, b in times),
+            fewstep_ms=statistics.median(b.wall for _, b in times) / segment + parts["a metrics line"],
+            bare_samples_per_s=statistics.median(1e3 * batch_size * segment / a.wall for a, _ in times),
+            samples_per_s=statistics.median(1e3 * batch_size * segment / b.wall for _, b in times),
             overhead=overhead,
             cpu_overhead=spread([100 * (b.cpu / a.cpu - 1) + line for a, b in times]),
             costs=tuple(Cost(name, ms, 100 * ms / bare_ms) for name, ms in parts.items()),
             keyed_noise=Cost("keyed noise, beyond torch.randn", keyed_ms, 100 * keyed_ms / bare_ms),
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def bare_training(
@@ -233,19 +227,10 @@ def fitting_batch_size(measure: Callable[[int], float], step_ms: float, batch_si
     return batch_size
 
 
-def spread(values: list[float]) -> Spread:
-    """Median and quartiles of one value or more."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
-
-
 def bench_title(bench: TrainBench) -> str:
     """For people: what was measured."""
     size = f"{bench.params:,} parameters, batch {bench.batch_size}"
-    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
-    return f"{bench.recipe}: {size}, {where}; {bench.pairs} pairs of {bench.segment} steps"
+    return f"{bench.recipe}: {size}, {where(bench.device, bench.threads)}; {bench.pairs} pairs of {bench.segment} steps"
 
 
 def bench_table(bench: TrainBench) -> Table:
@@ -267,32 +252,9 @@ def bench_table(bench: TrainBench) -> Table:
     return table
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append to a ledger: one JSON object per line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-@dataclass(frozen=True)
-class _Time:
-    wall: float
-    cpu: float
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _segment(steps: Iterator[object], count: int, device: torch.device) -> _Time:
-    """Wall and processor time of ``count`` steps, in seconds."""
-    synchronise(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in itertools.islice(steps, count):
-        pass
-    synchronise(device)
-    return _Time(time.perf_counter() - wall, time.process_time() - cpu)
+def _segment(steps: Iterator[object], count: int, device: torch.device) -> Time:
+    """``count`` steps."""
+    return timed(lambda: deque(itertools.islice(steps, count), maxlen=0), device)
 
 
 def _parts(
@@ -313,13 +275,10 @@ def _parts(
     parameters = list(objective.student.parameters())
     taken: dict[str, list[float]] = defaultdict(list)
 
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        synchronise(device)
-        began = time.perf_counter()
-        result = work()
-        synchronise(device)
-        taken[name].append(1e3 * (time.perf_counter() - began))
-        return result
+    def noted(name: str, work: Callable[[], Any]) -> Any:
+        result: list[Any] = []
+        taken[name].append(timed(lambda: result.append(work()), device).wall)
+        return result[0]
 
     def average() -> None:
         for ema in state.emas:
@@ -329,17 +288,17 @@ def _parts(
     for step in range(state.step, state.step + repeats):
         ways = {"own": source.batch, "hand": by_hand.batch}
         for name in sorted(ways, reverse=step % 2 == 0):  # the second one finds the data in the cache
-            batch = timed(name, functools.partial(ways[name], step))
+            batch = noted(name, functools.partial(ways[name], step))
         key, shape = Key(seed, step), batch.x.shape
-        timed("keyed", functools.partial(key.normal, "noise", batch.index, tuple(shape[1:])))
-        timed("randn", functools.partial(torch.randn, shape, device=device))
+        noted("keyed", functools.partial(key.normal, "noise", batch.index, tuple(shape[1:])))
+        noted("randn", functools.partial(torch.randn, shape, device=device))
         output = objective(batch, key)
         output.per_sample_B.mean().backward()
-        norm = timed("norm", functools.partial(gradient_norm, parameters))
-        timed("finite", functools.partial(_read, output, norm))
-        timed("line", functools.partial(_metrics_line, output, float(norm), config))
+        norm = noted("norm", functools.partial(gradient_norm, parameters))
+        noted("finite", functools.partial(_read, output, norm))
+        noted("line", functools.partial(_metrics_line, output, float(norm), config))
         objective.zero_grad()
-        timed("average", average)
+        noted("average", average)
     parts = {
         # Written every log_every steps, so by hardly any segment: it is added to all of them.
         "a metrics line": statistics.median(taken["line"]) / config.log_every,

@@ -6,26 +6,34 @@ further ado. Shapes: B batch, D dimensions of a sample.
 
 import contextlib
 import copy
-import datetime
-import json
+import functools
 import math
-import os
-import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
+from torch import nn
 
-from fewstep.bench import Spread, bare_training, spread, synchronise
+from fewstep.bench.measure import (
+    Reported,
+    Spread,
+    Time,
+    device_name,
+    in_turns,
+    ledger_row,
+    ratios,
+    spread,
+    torch_threads,
+    unreported,
+    where,
+)
+from fewstep.bench.memory import peak_bytes
+from fewstep.bench.textbook import Textbook, step_difference
+from fewstep.bench.train import bare_training
 from fewstep.block import Block
 from fewstep.checkpoint import RunDirectory
 from fewstep.config import TRAINS, RunConfig, check_config
@@ -34,24 +42,17 @@ from fewstep.data.prepare import write_shards
 from fewstep.data.stream import stream_of
 from fewstep.distill.config import ObjectiveConfig
 from fewstep.distill.flow_maps.config import MeanFlowConfig
-from fewstep.distill.flow_maps.methods import weight_of
-from fewstep.distill.ingredients import pairs_of
-from fewstep.distill.objective import LossOutput, Objective, mean_square
+from fewstep.distill.objective import Objective
 from fewstep.distill.run import check_training, run_training
-from fewstep.environment import describe_environment
-from fewstep.errors import FewstepError, UsageError, nearest
-from fewstep.flow import LINEAR, expand
+from fewstep.errors import UsageError, nearest
 from fewstep.keys import Key
 from fewstep.networks.build import parameter_count
 from fewstep.networks.config import SIZES
-from fewstep.times import jump_rows
 
 REFERENCE = "flow_matching"
 TEXTBOOK = "meanflow-textbook"
 WARM_UP_STEPS = 2
 CHECKED_ROWS = 16
-TOLERANCE = 1e-6
-"""Relative, of a loss and its gradient in float64."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ class ObjectivesBench:
 
     def to_json(self) -> dict[str, Any]:
         """With where and when it was measured: a row of the ledger."""
-        today = datetime.date.today().isoformat()
-        return {"date": today, "bench": "objectives", **asdict(self), "environment": describe_environment()}
+        return ledger_row("objectives", self)
 
     def ratio(self, cost: ObjectiveCost) -> float:
         """What a gate compares: processor time, or time by the clock where the processor only waits for a GPU."""
@@ -160,7 +160,7 @@ def bench_objectives(
     repeats: int,
     device: torch.device,
     threads: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Reported = unreported,
 ) -> ObjectivesBench:
     """Measure a training step of the named objectives, or of all.
 
@@ -173,9 +173,7 @@ def bench_objectives(
         raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
     if len(shape) != 3:
         raise UsageError(f"objectives are measured on images: a shape of C,H,W, not {list(shape)}")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
+    with torch_threads(threads):
         with tempfile.TemporaryDirectory() as folder:
             workshop = _Workshop(Path(folder), size, shape, classes, batch_size, device)
             error = _textbook_error(workshop) if any(each.name == TEXTBOOK for each in chosen) else None
@@ -193,14 +191,9 @@ def bench_objectives(
             for each in steps.values():
                 for _ in range(WARM_UP_STEPS):
                     next(each)
-            memory = {name: _peak_bytes(each, device) for name, each in steps.items()}
-            taken: dict[str, list[_Time]] = defaultdict(list)
-            order = list(steps)
-            for round_ in range(repeats):
-                first = round_ % len(order)
-                for name in order[first:] + order[:first]:
-                    taken[name].append(_timed(steps[name], device))
-                report(round_ + 1, repeats)
+            memory = {name: peak_bytes(each, device) for name, each in steps.items()}
+            works = {name: functools.partial(next, each) for name, each in steps.items()}
+            taken = in_turns(works, repeats, device, report)
         costs = [_cost(variant, taken[variant.name], taken[REFERENCE], memory) for variant in chosen]
         return ObjectivesBench(
             size=size,
@@ -209,20 +202,17 @@ def bench_objectives(
             classes=classes,
             batch_size=batch_size,
             repeats=repeats,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=device_name(device),
             threads=torch.get_num_threads(),
             textbook_error=error,
             objectives=tuple(costs),
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def objectives_title(bench: ObjectivesBench) -> str:
     """For people: what was measured."""
-    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
     what = f"{bench.size}, {bench.params:,} parameters, samples of {' x '.join(map(str, bench.shape))}"
-    return f"{what}, batch {bench.batch_size}; {where}; {bench.repeats} rounds"
+    return f"{what}, batch {bench.batch_size}; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
 
 
 def objectives_table(bench: ObjectivesBench) -> Table:
@@ -240,37 +230,6 @@ def objectives_table(bench: ObjectivesBench) -> Table:
         cells += [f"{cost.step_ms.median:.1f}", f"{cost.memory_mb:.1f}", f"{cost.memory_ratio:.3f}"]
         table.add_row(cost.name, *cells)
     return table
-
-
-class Textbook(Objective):
-    """MeanFlow as algorithm 1 of the paper (Geng et al. 2505.13447) prints it: one Jacobian-vector product over all
-    rows, whose first output carries the gradient.
-
-    Nobody trains with it: it is what ours is compared with, equal in loss and gradient. From data, with Gaussian noise.
-    """
-
-    def __init__(self, student: nn.Module, config: MeanFlowConfig) -> None:
-        super().__init__()
-        self.student = student
-        self.jump_fraction = config.jump_fraction
-        self.pairs = pairs_of(config.times)
-        self.weight = weight_of(config.weight)
-
-    def forward(self, batch: Batch, key: Key) -> LossOutput:
-        e = key.normal("noise", batch.index, tuple(batch.x.shape[1:]))
-        pairs = self.pairs(key, batch.index, jump_rows(batch.index, self.jump_fraction))
-        point = LINEAR.sample(batch.x, e, pairs.t)
-
-        def u_theta(x_t: Tensor, t_B: Tensor) -> Tensor:
-            return self.student(x_t, t_B, pairs.r, batch.label)
-
-        with sdpa_kernel(SDPBackend.MATH):
-            both = torch.func.jvp(u_theta, (point.x_t, pairs.t), (point.v, torch.ones_like(pairs.t)))
-        u, du_dt = both[0], both[1]
-        target = (point.v - expand(pairs.t - pairs.r, u) * du_dt).detach()
-        delta = u - target
-        loss = self.weight(delta, pairs.t, pairs.r)
-        return LossOutput(loss, mean_square(delta.detach()), pairs.t, {})
 
 
 class _Workshop:
@@ -353,83 +312,18 @@ def _textbook_error(workshop: _Workshop) -> float:
     )
 
 
-def step_difference(reference: Objective, other: Objective, batch: Batch) -> float:
-    """Relative difference of two objectives' losses and of their gradients, whichever is larger.
-
-    ``FewstepError`` where it exceeds ``TOLERANCE``: then it is not the same step that is timed.
-    """
-    found = []
-    for objective in (reference, other):
-        loss = objective(batch, Key(0)).per_sample_B.mean()
-        gradients = torch.autograd.grad(loss, list(objective.student.parameters()), allow_unused=True)
-        found.append((loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])))
-    difference = max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True))
-    if not difference <= TOLERANCE:
-        raise FewstepError(f"the textbook's MeanFlow step differs from ours by {difference:.2g} (relative)")
-    return difference
-
-
-@dataclass(frozen=True)
-class _Time:
-    wall: float
-    cpu: float
-
-
-def _timed(steps: Iterator[object], device: torch.device) -> _Time:
-    """Wall and processor time of one step, in milliseconds."""
-    synchronise(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    next(steps)
-    synchronise(device)
-    return _Time(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))
-
-
-def _cost(variant: Variant, own: list[_Time], reference: list[_Time], memory: dict[str, int]) -> ObjectiveCost:
-    pairs = list(zip(own, reference, strict=True))
+def _cost(variant: Variant, own: list[Time], reference: list[Time], memory: dict[str, int]) -> ObjectiveCost:
+    ratio, cpu_ratio = ratios(own, reference)
     return ObjectiveCost(
         name=variant.name,
         kind=variant.kind,
         step_ms=spread([each.wall for each in own]),
         cpu_ms=spread([each.cpu for each in own]),
-        ratio=spread([a.wall / b.wall for a, b in pairs]),
-        cpu_ratio=spread([a.cpu / b.cpu for a, b in pairs]),
+        ratio=ratio,
+        cpu_ratio=cpu_ratio,
         memory_mb=memory[variant.name] / 2**20,
         memory_ratio=memory[variant.name] / memory[REFERENCE],
     )
-
-
-def _peak_bytes(steps: Iterator[object], device: torch.device) -> int:
-    """The most that one step holds at once beyond what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        next(steps)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        next(steps)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((each for each in events if each.get("name") == "[memory]"), key=lambda each: each["ts"]):
-        held += event["args"]["Bytes"]  # negative where something is freed
-        peak = max(peak, held)
-    return peak
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Nothing reaches the process's stderr: torch's profiler tells there when it starts and stops, whoever asks."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _blocks() -> dict[str, type[Block]]:

@@ -1,11 +1,9 @@
 """What a network costs: its parameters, its arithmetic, and how long it takes here, beside others of its size."""
 
-import datetime
 import functools
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +12,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.bench import Spread, spread, synchronise
+from fewstep.bench.measure import (
+    Reported,
+    Spread,
+    Work,
+    device_name,
+    ledger_row,
+    spread,
+    timed,
+    torch_threads,
+    unreported,
+    where,
+)
 from fewstep.distill.tangent import forward_derivative
-from fewstep.environment import describe_environment
 from fewstep.errors import UsageError, nearest
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import SIZES
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,7 @@ class NetworkBench:
 
     def to_json(self) -> dict[str, Any]:
         """With where and when it was measured: a row of the ledger."""
-        today = datetime.date.today().isoformat()
-        return {"date": today, "bench": "network", **asdict(self), "environment": describe_environment()}
+        return ledger_row("network", self)
 
 
 def bench_networks(
@@ -67,7 +72,7 @@ def bench_networks(
     repeats: int,
     device: torch.device,
     threads: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Reported = unreported,
 ) -> NetworkBench:
     """Measure the named networks, or all that take samples of ``shape`` where none is named.
 
@@ -75,9 +80,7 @@ def bench_networks(
     machine does meets all of them. The first round is not counted.
     """
     nets = {size: net.to(device) for size, net in _build(sizes, shape, classes).items()}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
+    with torch_threads(threads):
         works = {size: _works(net, shape, classes, batch_size, device) for size, net in nets.items()}
         order = list(nets)
         taken: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -85,7 +88,7 @@ def bench_networks(
             first = round_ % len(order)
             for size in order[first:] + order[:first]:
                 for name, work in works[size].items():
-                    ms = _milliseconds(work, device)
+                    ms = timed(work, device).wall
                     if round_:
                         taken[size, name].append(ms)
             report(round_, repeats)
@@ -105,12 +108,10 @@ def bench_networks(
             classes=classes,
             batch_size=batch_size,
             repeats=repeats,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=device_name(device),
             threads=torch.get_num_threads(),
             networks=tuple(sorted(costs, key=lambda cost: cost.params)),
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def forward_flops(net: nn.Module, shape: tuple[int, ...]) -> int:
@@ -125,9 +126,8 @@ def forward_flops(net: nn.Module, shape: tuple[int, ...]) -> int:
 
 def network_title(bench: NetworkBench) -> str:
     """For people: what was measured."""
-    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
     what = f"samples of {' x '.join(map(str, bench.shape))}, {bench.classes} classes, batch {bench.batch_size}"
-    return f"{what}; {where}; {bench.repeats} rounds"
+    return f"{what}; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
 
 
 def network_table(bench: NetworkBench) -> Table:
@@ -181,11 +181,3 @@ def _works(
         "step": step,
         "jvp": functools.partial(forward_derivative, net, x, v, t, t / 2, label),
     }
-
-
-def _milliseconds(work: Work, device: torch.device) -> float:
-    synchronise(device)
-    began = time.perf_counter()
-    work()
-    synchronise(device)
-    return 1e3 * (time.perf_counter() - began)

@@ -7,8 +7,8 @@ import torch
 import typer
 from conftest import SMALL, CliRunner, cli, refuse, succeed
 
-from fewstep.bench_loader import bench_loader, loader_table, loader_title
-from fewstep.commands.bench_loader import bench_loader as command
+from fewstep.bench.loader import bench_loader, loader_table, loader_title
+from fewstep.commands.bench.loader import bench_loader as command
 
 
 def test_every_place_is_measured_at_every_size() -> None:

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from fewstep.commands.bench.shared import Ledger, check_ledger, keep
 from fewstep.commands.shared import AsJson, Overrides, user_errors
-from fewstep.console import emit_json, meter, say, stderr
+from fewstep.console import meter, say, stderr
 from fewstep.errors import GateFailed, UsageError
 
 
@@ -25,7 +26,7 @@ def bench_loader(
         float | None,
         typer.Option("--min-ratio", help="With CONFIG: exit 4 if batches come less than this many times as fast."),
     ] = None,
-    ledger: Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")] = None,
+    ledger: Ledger = None,
     as_json: AsJson = False,
 ) -> None:
     """How many images per second the loader gives, and how long a training step waits for its batch.
@@ -36,13 +37,10 @@ def bench_loader(
     Example: fewstep bench loader cifar10-teacher --min-ratio 2
     """
     with user_errors():
-        from fewstep.bench import append_row
-        from fewstep.bench_loader import bench_loader, loader_table, loader_title
-        from fewstep.files import check_folder
+        from fewstep.bench.loader import bench_loader, loader_table, loader_title
         from fewstep.workflows import default_device
 
-        if ledger is not None:
-            check_folder(ledger.absolute().parent)
+        check_ledger(ledger)
         if config is not None:
             _of_recipe(config, overrides or [], repeats, steps, min_ratio, ledger, as_json)
             return
@@ -58,10 +56,7 @@ def bench_loader(
             )
         say(loader_title(bench))
         stderr().print(loader_table(bench))
-        if ledger is not None:
-            append_row(ledger, bench.to_json())
-        if as_json:
-            emit_json(bench.to_json())
+        keep(bench.to_json(), ledger, as_json)
 
 
 def _of_recipe(
@@ -73,8 +68,7 @@ def _of_recipe(
     ledger: Path | None,
     as_json: bool,
 ) -> None:
-    from fewstep.bench import append_row
-    from fewstep.bench_loader import bench_recipe_loader, recipe_loader_table
+    from fewstep.bench.loader import bench_recipe_loader, recipe_loader_table
     from fewstep.config import load_config
     from fewstep.workflows import default_device
 
@@ -89,9 +83,6 @@ def _of_recipe(
         )
     say(f"{bench.recipe}: {bench.params:,} parameters, batches of {bench.batch_size}, {bench.device}")
     stderr().print(recipe_loader_table(bench))
-    if ledger is not None:
-        append_row(ledger, bench.to_json())
-    if as_json:
-        emit_json(bench.to_json())
+    keep(bench.to_json(), ledger, as_json)
     if min_ratio is not None and not bench.ratio >= min_ratio:
         raise GateFailed(f"batches come {bench.ratio:.2f} times as fast as they are consumed, below {min_ratio:g}")

@@ -11,9 +11,9 @@ import torch
 from conftest import refuse, succeed
 from torch import nn
 
-from fewstep import bench_network
-from fewstep.bench import Spread
-from fewstep.bench_network import _works, bench_networks, forward_flops
+from fewstep.bench import network
+from fewstep.bench.measure import Spread, Time
+from fewstep.bench.network import _works, bench_networks, forward_flops
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import SIZES, FloTConfig, MLPConfig
 
@@ -66,8 +66,8 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return (number + 1) * milliseconds[name] + (1e6 if len(turns) <= 6 else 0.0)
 
     counted = itertools.count()
-    monkeypatch.setattr(bench_network, "_works", works)
-    monkeypatch.setattr(bench_network, "_milliseconds", lambda work, device: work())
+    monkeypatch.setattr(network, "_works", works)
+    monkeypatch.setattr(network, "timed", lambda work, device: Time(work(), 0.0))
     found = bench_networks(
         ["mlp-tiny", "flot-tiny"], (1, 8, 8), classes=0, batch_size=1, repeats=3, device=torch.device("cpu")
     )

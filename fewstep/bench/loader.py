@@ -1,16 +1,17 @@
 """How fast batches come from where data may lie, beside what a training step would consume."""
 
-import datetime
+import functools
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from fewstep.bench import Spread, bare_training, spread, synchronise
+from fewstep.bench.measure import Spread, device_name, ledger_row, spread, timed, torch_threads, where
+from fewstep.bench.train import bare_training
 from fewstep.checkpoint import RunDirectory
 from fewstep.config import RunConfig
 from fewstep.data.config import ShardsConfig
@@ -20,7 +21,6 @@ from fewstep.data.prepare import write_shards
 from fewstep.data.shards import load_shards
 from fewstep.data.stream import stream_of
 from fewstep.distill.run import check_training
-from fewstep.environment import describe_environment
 from fewstep.networks.build import parameter_count
 
 WARM_UP_STEPS = 5
@@ -52,8 +52,7 @@ class LoaderBench:
 
     def to_json(self) -> dict[str, Any]:
         """With where and when it was measured: a row of the ledger."""
-        today = datetime.date.today().isoformat()
-        return {"date": today, "bench": "loader", **asdict(self), "environment": describe_environment()}
+        return ledger_row("loader", self)
 
 
 def bench_loader(
@@ -92,12 +91,12 @@ def bench_loader(
                     LoaderRate(
                         size=size,
                         place=place,
-                        images_per_s=spread([batch_size / seconds for seconds in taken]),
-                        wait_ms=spread([1e3 * seconds for seconds in waited]),
+                        images_per_s=spread([1e3 * batch_size / ms for ms in taken]),
+                        wait_ms=spread(waited),
                     )
                 )
                 report(len(rates), len(sizes) * len(places))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = device_name(device)
     return LoaderBench(name, torch.get_num_threads(), batch_size, repeats, work_ms, tuple(rates))
 
 
@@ -119,8 +118,7 @@ class RecipeLoader:
 
     def to_json(self) -> dict[str, Any]:
         """With where and when it was measured: a row of the ledger."""
-        today = datetime.date.today().isoformat()
-        return {"date": today, "bench": "recipe-loader", **asdict(self), "environment": describe_environment()}
+        return ledger_row("recipe-loader", self)
 
 
 def bench_recipe_loader(
@@ -130,12 +128,11 @@ def bench_recipe_loader(
     with tempfile.TemporaryDirectory() as folder:  # nothing is written there
         run = RunDirectory(Path(folder) / config.name)
         request = check_training(config, run, device, processes=1, resume=False, overwrite=False)
-    size, before = config.train.batch_size, torch.get_num_threads()
-    try:
-        torch.set_num_threads(config.train.threads or before)
+    size = config.train.batch_size
+    with torch_threads(config.train.threads):
         objective = request.stages[0].build(request.student, None).to(device)
-        where: tuple[Residence, ...] = ("device", "host")
-        sources = [BatchSource(request.data, size, config.seed, device=device, resident=each) for each in where]
+        residences: tuple[Residence, ...] = ("device", "host")
+        sources = [BatchSource(request.data, size, config.seed, device=device, resident=each) for each in residences]
         training = bare_training(objective, sources[0].batch, config.train, seed=config.seed)
         next(training)
         taken: list[list[float]] = [[], []]
@@ -143,18 +140,14 @@ def bench_recipe_loader(
         for number in range(steps):
             for source, times in zip(sources, taken, strict=True):
                 times += _times(source, max(1, repeats // steps), 0.0, device)
-            synchronise(device)
-            began = time.perf_counter()
-            next(training)
-            synchronise(device)
-            stepped.append(time.perf_counter() - began)
+            stepped.append(timed(lambda: next(training), device).wall)
             report(number + 1, steps)
         for source in sources:
             source.close()
-        resident, fetched, consumed = (spread([size / seconds for seconds in each]) for each in (*taken, stepped))
+        resident, fetched, consumed = (spread([1e3 * size / ms for ms in each]) for each in (*taken, stepped))
         return RecipeLoader(
             recipe=config.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=device_name(device),
             threads=torch.get_num_threads(),
             params=parameter_count(request.student),
             batch_size=size,
@@ -163,8 +156,6 @@ def bench_recipe_loader(
             training=consumed,
             ratio=min(resident.median, fetched.median) / consumed.median,
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def recipe_loader_table(bench: RecipeLoader) -> Table:
@@ -181,8 +172,7 @@ def recipe_loader_table(bench: RecipeLoader) -> Table:
 
 def loader_title(bench: LoaderBench) -> str:
     """For people: what was measured."""
-    where = f"{bench.device}, {bench.threads} thread{'s' if bench.threads > 1 else ''}"
-    return f"batches of {bench.batch_size}, {where}; {bench.repeats} of each kind"
+    return f"batches of {bench.batch_size}, {where(bench.device, bench.threads)}; {bench.repeats} of each kind"
 
 
 def loader_table(bench: LoaderBench) -> Table:
@@ -206,12 +196,9 @@ def _images(size: int) -> Dataset:
 
 
 def _times(source: BatchSource, repeats: int, pause_s: float, device: torch.device) -> list[float]:
-    """Seconds until each of ``repeats`` batches was there, asked for ``pause_s`` after the one before."""
+    """Milliseconds until each of ``repeats`` batches was there, asked for ``pause_s`` after the one before."""
     taken = []
     for step in range(WARM_UP_STEPS + repeats):
         time.sleep(pause_s)
-        began = time.perf_counter()
-        source.batch(step)
-        synchronise(device)
-        taken.append(time.perf_counter() - began)
+        taken.append(timed(functools.partial(source.batch, step), device).wall)
     return taken[WARM_UP_STEPS:]

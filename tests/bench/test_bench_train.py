@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import SMALL, cli, refuse, student, succeed
 
-from fewstep.bench import BatchesByHand, bare_training, fitting_batch_size, spread
+from fewstep.bench.measure import spread
+from fewstep.bench.train import BatchesByHand, bare_training, fitting_batch_size
 from fewstep.checkpoint import RunDirectory
 from fewstep.config import load_config
 from fewstep.data.dataset import BatchSource

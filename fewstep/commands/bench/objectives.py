@@ -1,0 +1,97 @@
+"""`fewstep bench objectives`: what a training step of each objective costs."""
+
+import math
+from typing import Annotated
+
+import typer
+
+from fewstep.commands.bench.shared import Ledger, check_ledger, keep, shape_of
+from fewstep.commands.shared import AsJson, user_errors
+from fewstep.console import meter, say, stderr
+from fewstep.errors import GateFailed, UsageError, nearest
+
+
+def bench_objectives(
+    kinds: Annotated[
+        list[str] | None,
+        typer.Argument(help="Kinds of objectives, or single lines of the table (default: all).", metavar="[KIND ...]"),
+    ] = None,
+    size: Annotated[str, typer.Option("--size", help="The network, by its name.")] = "flot-mini",
+    shape: Annotated[str, typer.Option("--shape", help="Shape of an image: C,H,W.")] = "1,8,8",
+    classes: Annotated[int, typer.Option("--classes", min=0, help="Classes (0: unconditional).")] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples of a batch.")] = 128,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Rounds in which every objective takes its turn.")
+    ] = 15,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")] = 0,
+    ledger: Ledger = None,
+    max_ratio: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-ratio", help="Exit 4 if a step costs more times that of flow matching.", metavar="NAME=RATIO"
+        ),
+    ] = None,
+    max_memory: Annotated[
+        list[str] | None,
+        typer.Option("--max-memory", help="The same for the peak memory of a step.", metavar="NAME=RATIO"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a training step of each objective costs, with that of flow matching as one.
+
+    Same network, same batches, same optimiser; the objectives take turns, so that other work on the machine meets all.
+    Printed are medians and quartiles over the rounds, by processor time (which the gates compare, and on a GPU the
+    clock) and by the clock, and the most memory a step holds beyond what stays between steps.
+
+    Example: fewstep bench objectives meanflow --max-ratio meanflow=1.3
+    """
+    with user_errors():
+        from fewstep.bench.objectives import bench_objectives, chosen_variants, objectives_table, objectives_title
+        from fewstep.workflows import default_device
+
+        measured = [variant.name for variant in chosen_variants(kinds or [])]
+        ratios = _gates("--max-ratio", max_ratio or [], measured)
+        memories = _gates("--max-memory", max_memory or [], measured)
+        check_ledger(ledger)
+        with meter("bench objectives") as shown:
+            bench = bench_objectives(
+                kinds or [],
+                size,
+                shape_of(shape),
+                classes=classes,
+                batch_size=batch_size,
+                repeats=repeats,
+                device=default_device(),
+                threads=threads,
+                report=lambda done, total: shown.update(done, total, "rounds"),
+            )
+        say(objectives_title(bench))
+        stderr().print(objectives_table(bench))
+        keep(bench.to_json(), ledger, as_json)
+        for cost in bench.objectives:
+            found = bench.ratio(cost)
+            if not found <= ratios.get(cost.name, math.inf):
+                raise GateFailed(
+                    f"a step of {cost.name} costs {found:.3f} of flow matching's, above {ratios[cost.name]:g}"
+                )
+            if not cost.memory_ratio <= memories.get(cost.name, math.inf):
+                raise GateFailed(
+                    f"a step of {cost.name} holds {cost.memory_ratio:.3f} of flow matching's memory, "
+                    f"above {memories[cost.name]:g}"
+                )
+
+
+def _gates(option: str, texts: list[str], measured: list[str]) -> dict[str, float]:
+    """``NAME=RATIO`` of every text, each of something that is measured."""
+    found = {}
+    for text in texts:
+        name, _, ratio = text.partition("=")
+        if name not in measured:
+            raise UsageError(f"{option}: '{name}' is not measured; {nearest(name, measured)}")
+        try:
+            found[name] = float(ratio)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise UsageError(f"{option} takes NAME=RATIO with a finite number, got '{text}'")
+    return found

@@ -1,0 +1,38 @@
+"""What the benchmarks' commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.console import emit_json
+from fewstep.errors import UsageError
+
+Ledger = Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")]
+
+
+def check_ledger(ledger: Path | None) -> None:
+    """Refuse a ledger that could not be written, before anything is measured."""
+    from fewstep.files import check_folder
+
+    if ledger is not None:
+        check_folder(ledger.absolute().parent)
+
+
+def keep(row: dict[str, Any], ledger: Path | None, as_json: bool) -> None:
+    """Append the row to the ledger and print it as JSON, where they are asked for."""
+    from fewstep.bench.measure import append_row
+
+    if ledger is not None:
+        append_row(ledger, row)
+    if as_json:
+        emit_json(row)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """A shape from sizes with commas between them."""
+    sides = text.split(",")
+    if not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise UsageError(f"--shape takes sizes such as 3,32,32, got '{text}'")
+    return tuple(map(int, sides))
