@@ -1,12 +1,7 @@
 """Features by a user's own function, found by its address. Nothing is known of them, and their name says so."""
 
-import contextlib
-import importlib
-import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UsageError
 from fewstep.evaluation.extractor import check_images, extractor_digest, tensors_digest
+from fewstep.targets import load_target, source_of
 
 
 @dataclass(frozen=True)
@@ -44,33 +40,13 @@ class UserFeatures:
 
 
 def load_user_features(target: str, device: torch.device) -> UserFeatures:
-    """What lies at ``package.module:name``; the working directory is looked in too. A class is called without
-    arguments, a module is frozen. What is not there or cannot be called is a ``UsageError``."""
-    module, _, path = target.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-        made = found() if inspect.isclass(found) else found
-    except Exception as error:  # somebody else's code fails as it likes
-        raise UsageError(f"callable:{target}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    if not callable(made):
-        raise UsageError(f"callable:{target} is a {type(made).__name__}: it has to be a function of images")
+    """What lies at ``package.module:name`` (``load_target``); a module is frozen."""
+    made = load_target(target, "callable:", "of images")
     weights = ""
     if isinstance(made, nn.Module):
         made = made.eval().requires_grad_(False).to(device)
         weights = tensors_digest(made.state_dict())
-    source = ""
-    with contextlib.suppress(OSError, TypeError):  # built in, or typed in
-        source = inspect.getsource(inspect.getmodule(made) or type(made))
-    digest = "unverified-" + extractor_digest(f"callable:{target}", (source + weights).encode())
+    digest = "unverified-" + extractor_digest(f"callable:{target}", source_of(made) + weights.encode())
     return UserFeatures(device, made, user_features_name(target), digest)
 
 

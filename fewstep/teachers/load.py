@@ -36,7 +36,7 @@ from fewstep.teachers.convention import ConvertedField
 from fewstep.teachers.foreign import Loaded, load_checkpoint, load_diffusers
 from fewstep.teachers.guided import ClassContrast, GuidedField, Unconditional, WeakContrast
 from fewstep.teachers.network import NetworkField, freeze
-from fewstep.teachers.python import checked, identity, load_target
+from fewstep.teachers.python import checked, identity, load_model
 
 MIXTURES = {"eight_gaussians": EIGHT_GAUSSIANS, "mixture": MIXTURE, "mixture_1d": MIXTURE_1D}
 """Toys with a closed form."""
@@ -189,7 +189,7 @@ def _analytic(config: AnalyticTeacher, data: DataConfig) -> Teacher:
 
 
 def _python(config: PythonTeacher, data: Dataset, device: torch.device) -> Teacher:
-    model = load_target(config.target)
+    model = load_model(config.target)
     params = 0
     if isinstance(model, nn.Module):
         model, params = model.to(device), parameter_count(model)

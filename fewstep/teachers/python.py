@@ -1,12 +1,5 @@
 """Teachers that are Python code of somebody else's: found by name, frozen, converted."""
 
-import contextlib
-import importlib
-import inspect
-import sys
-from pathlib import Path
-from typing import Any
-
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -14,39 +7,21 @@ from torch import Tensor, nn
 from fewstep.data.dataset import Dataset
 from fewstep.errors import UsageError
 from fewstep.files import digest
+from fewstep.targets import load_target, source_of
 from fewstep.teachers.config import PythonTeacher
 from fewstep.teachers.convention import Model
 from fewstep.teachers.network import freeze
 
 
-def load_target(target: str) -> Model:
-    """What lies at ``package.module:name``; the working directory is looked in too. A class is called without
-    arguments, a module is frozen. What is not there or cannot be called is a ``UsageError``."""
-    name, _, path = target.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(name)
-        for part in path.split("."):
-            found = getattr(found, part)
-        made = found() if inspect.isclass(found) else found
-    except Exception as error:  # somebody else's code fails as it likes
-        raise UsageError(f"teacher.target {target}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    if not callable(made):
-        raise UsageError(f"teacher.target {target} is a {type(made).__name__}: it has to be a function (x, t, label)")
+def load_model(target: str) -> Model:
+    """What lies at ``package.module:name`` (``load_target``); a module is frozen."""
+    made = load_target(target, "teacher.target ", "(x, t, label)")
     return freeze(made) if isinstance(made, nn.Module) else made
 
 
 def identity(config: PythonTeacher, model: Model) -> str:
     """A digest of what determines the teacher, as far as can be seen: how it is read, its source, its weights."""
-    parts = [config.model_dump_json(exclude={"guidance"}).encode()]
-    with contextlib.suppress(OSError, TypeError):  # built in, or typed in
-        parts.append(inspect.getsource(inspect.getmodule(model) or type(model)).encode())
+    parts = [config.model_dump_json(exclude={"guidance"}).encode(), source_of(model)]
     if isinstance(model, nn.Module):
         parts.append(save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}))
     return digest(b"".join(parts))
