@@ -2,9 +2,9 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.bench.ceiling import matmul_rate
 from fewstep.bench.measure import (
     Reported,
     Spread,
@@ -25,9 +26,11 @@ from fewstep.bench.measure import (
     where,
 )
 from fewstep.distill.tangent import forward_derivative
-from fewstep.errors import UsageError, nearest
+from fewstep.errors import EnvironmentFault, UsageError, nearest
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import SIZES
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class NetworkCost:
 
     A multiply-add is two operations, and matrix products and convolutions alone are counted. ``step_ms`` is a forward
     and a backward pass of a mean square and the optimiser's step, ``jvp_ms`` the derivative along the path.
+    ``achieved`` is the arithmetic of three forward passes over the time of a step, as a share of what this machine
+    reaches in matrix products.
     """
 
     size: str
@@ -44,11 +49,13 @@ class NetworkCost:
     forward_ms: Spread
     step_ms: Spread
     jvp_ms: Spread
+    achieved: float
 
 
 @dataclass(frozen=True)
 class NetworkBench:
-    """Networks of two times on samples of one shape, in the order of their parameters."""
+    """Networks of two times on samples of one shape, in the order of their parameters. ``matmul_flops`` is the rate of
+    large matrix products in the same precision, in operations per second."""
 
     shape: tuple[int, ...]
     classes: int
@@ -56,6 +63,9 @@ class NetworkBench:
     repeats: int
     device: str
     threads: int
+    precision: Precision
+    compiled: bool
+    matmul_flops: float
     networks: tuple[NetworkCost, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,37 +82,47 @@ def bench_networks(
     repeats: int,
     device: torch.device,
     threads: int = 0,
+    precision: Precision = "fp32",
+    compiled: bool = False,
     report: Reported = unreported,
 ) -> NetworkBench:
-    """Measure the named networks, or all that take samples of ``shape`` where none is named.
+    """Measure the named networks, or all that take samples of ``shape`` where none is named, in a ``precision`` as
+    ``train.precision`` has it and compiled as ``train.compile`` does it. ``EnvironmentFault`` where there is no working
+    compiler.
 
     In every round each network does everything once, and every round starts with another one, so that whatever else the
-    machine does meets all of them. The first round is not counted.
+    machine does meets all of them. What comes before the first round is not counted.
     """
     nets = {size: net.to(device) for size, net in _build(sizes, shape, classes).items()}
+    flops = {size: forward_flops(net, shape) for size, net in nets.items()}
     with torch_threads(threads):
-        works = {size: _works(net, shape, classes, batch_size, device) for size, net in nets.items()}
+        works = {}
+        for size, net in nets.items():
+            works[size] = _works(net, shape, classes, batch_size, device, precision, compiled)
+            _warm_up(size, works[size])
         order = list(nets)
         taken: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for round_ in range(repeats + 1):
+        for round_ in range(repeats):
             first = round_ % len(order)
             for size in order[first:] + order[:first]:
                 for name, work in works[size].items():
-                    ms = timed(work, device).wall
-                    if round_:
-                        taken[size, name].append(ms)
-            report(round_, repeats)
-        costs = [
-            NetworkCost(
-                size=size,
-                params=parameter_count(net),
-                flops=forward_flops(net, shape),
-                forward_ms=spread(taken[size, "forward"]),
-                step_ms=spread(taken[size, "step"]),
-                jvp_ms=spread(taken[size, "jvp"]),
+                    taken[size, name].append(timed(work, device).wall)
+            report(round_ + 1, repeats)
+        rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        costs = []
+        for size in nets:
+            step_ms = spread(taken[size, "step"])
+            costs.append(
+                NetworkCost(
+                    size=size,
+                    params=parameter_count(nets[size]),
+                    flops=flops[size],
+                    forward_ms=spread(taken[size, "forward"]),
+                    step_ms=step_ms,
+                    jvp_ms=spread(taken[size, "jvp"]),
+                    achieved=3 * flops[size] * batch_size / (step_ms.median / 1e3) / rate,
+                )
             )
-            for size, net in nets.items()
-        ]
         return NetworkBench(
             shape=shape,
             classes=classes,
@@ -110,8 +130,21 @@ def bench_networks(
             repeats=repeats,
             device=device_name(device),
             threads=torch.get_num_threads(),
+            precision=precision,
+            compiled=compiled,
+            matmul_flops=rate,
             networks=tuple(sorted(costs, key=lambda cost: cost.params)),
         )
+
+
+def _warm_up(size: str, works: Mapping[str, Work]) -> None:
+    """Everything once, which compiles what is to be compiled."""
+    for name, work in works.items():
+        try:
+            work()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            said = " ".join(str(error).split())[:160]
+            raise EnvironmentFault(f"--compile: the {name} of {size} does not compile here ({said})") from error
 
 
 def forward_flops(net: nn.Module, shape: tuple[int, ...]) -> int:
@@ -127,18 +160,19 @@ def forward_flops(net: nn.Module, shape: tuple[int, ...]) -> int:
 def network_title(bench: NetworkBench) -> str:
     """For people: what was measured."""
     what = f"samples of {' x '.join(map(str, bench.shape))}, {bench.classes} classes, batch {bench.batch_size}"
-    return f"{what}; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
+    how = f"{bench.precision}, {'compiled' if bench.compiled else 'eager'}"
+    return f"{what}; {how}; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
 
 
 def network_table(bench: NetworkBench) -> Table:
     """For people: one line per network, medians with quartiles."""
-    table = Table()
-    for head in ("", "parameters", "MFLOP/sample", "forward ms", "training step ms", "jvp ms"):
+    table = Table(caption=f"matrix products reach {bench.matmul_flops / 1e9:,.0f} GFLOP/s in {bench.precision}")
+    for head in ("", "parameters", "MFLOP/sample", "forward ms", "training step ms", "jvp ms", "of matmul rate"):
         table.add_column(head, justify="left" if head == "" else "right")
     for cost in bench.networks:
         times = (cost.forward_ms, cost.step_ms, cost.jvp_ms)
         cells = (f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})" for found in times)
-        table.add_row(cost.size, f"{cost.params:,}", f"{cost.flops / 1e6:,.1f}", *cells)
+        table.add_row(cost.size, f"{cost.params:,}", f"{cost.flops / 1e6:,.1f}", *cells, f"{100 * cost.achieved:.0f} %")
     return table
 
 
@@ -158,7 +192,13 @@ def _build(sizes: Sequence[str], shape: tuple[int, ...], classes: int) -> dict[s
 
 
 def _works(
-    net: nn.Module, shape: tuple[int, ...], classes: int, batch_size: int, device: torch.device
+    net: nn.Module,
+    shape: tuple[int, ...],
+    classes: int,
+    batch_size: int,
+    device: torch.device,
+    precision: Precision,
+    compiled: bool,
 ) -> dict[str, Work]:
     """What is timed of a network, each as a function of nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -167,17 +207,22 @@ def _works(
     label = torch.arange(batch_size, device=device) % classes if classes else None
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
 
+    derivative = forward_derivative
+    if compiled:  # apart, as in training
+        net.compile(fullgraph=True, dynamic=False)
+        derivative = torch.compile(forward_derivative, fullgraph=True, dynamic=False)
+
+    def network() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return net(x, t, t / 2, label)
+
     @torch.no_grad()
     def forward() -> Tensor:
-        return net(x, t, t / 2, label)
+        return network()
 
     def step() -> None:
-        (net(x, t, t / 2, label) - v).square().mean().backward()
+        (network() - v).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return {
-        "forward": forward,
-        "step": step,
-        "jvp": functools.partial(forward_derivative, net, x, v, t, t / 2, label),
-    }
+    return {"forward": forward, "step": step, "jvp": functools.partial(derivative, net, x, v, t, t / 2, label)}

@@ -11,9 +11,10 @@ import torch
 from conftest import refuse, succeed
 from torch import nn
 
-from fewstep.bench import network
+from fewstep.bench import ceiling, network
 from fewstep.bench.measure import Spread, Time
 from fewstep.bench.network import _works, bench_networks, forward_flops
+from fewstep.errors import EnvironmentFault
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import SIZES, FloTConfig, MLPConfig
 
@@ -52,7 +53,7 @@ def test_operations_of_a_transformer(heads: int) -> None:
 
 
 def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every network once a round, another one first in every round; the first round is not counted, and each time
+    """Every network once a round, another one first in every round; what comes before is not counted, and each time
     lands where it belongs."""
     milliseconds = {"forward": 1.0, "step": 20.0, "jvp": 300.0}
     turns: list[str] = []
@@ -71,7 +72,7 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bench_networks(
         ["mlp-tiny", "flot-tiny"], (1, 8, 8), classes=0, batch_size=1, repeats=3, device=torch.device("cpu")
     )
-    assert "".join(turns[::3]) == "abbaabba"
+    assert "".join(turns[::3]) == "ab" + "abbaab"
     for number, cost in enumerate(found.networks, start=1):
         assert cost.forward_ms == Spread(number, number, number)
         assert cost.step_ms == Spread(20 * number, 20 * number, 20 * number)
@@ -91,7 +92,7 @@ def test_what_is_reported() -> None:
         report=lambda done, total: seen.append((done, total)),
     )
     assert [cost.size for cost in found.networks] == ["mlp-tiny", "flot-tiny"]
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     for cost in found.networks:
         net = build_network(SIZES[cost.size], (1, 8, 8), 10, two_times=True)
         assert (cost.params, cost.flops) == (parameter_count(net), forward_flops(net, (1, 8, 8)))
@@ -105,7 +106,7 @@ def test_only_a_step_changes_the_weights() -> None:
     net = build_network(FloTConfig(width=16, depth=1, heads=2), (1, 8, 8), 10, two_times=True)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
-    works = _works(net, (1, 8, 8), 10, 4, torch.device("cpu"))
+    works = _works(net, (1, 8, 8), 10, 4, torch.device("cpu"), "fp32", False)
     assert list(works) == ["forward", "step", "jvp"]
     before = [parameter.detach().clone() for parameter in net.parameters()]
     for name in ("forward", "jvp"):
@@ -117,6 +118,42 @@ def test_only_a_step_changes_the_weights() -> None:
     works["step"]()
     assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_bfloat16_is_autocast() -> None:
+    """Products are rounded and weights are not."""
+    torch.manual_seed(0)
+    net = build_network(FloTConfig(width=16, depth=1, heads=2), (1, 8, 8), 10, two_times=True)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    cpu = torch.device("cpu")
+    whole, half = (_works(net, (1, 8, 8), 10, 4, cpu, precision, False)["forward"]() for precision in ("fp32", "bf16"))
+    assert isinstance(whole, torch.Tensor)
+    assert isinstance(half, torch.Tensor)
+    assert 1e-4 < float((whole - half).norm() / whole.norm()) < 0.1
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+
+
+def test_what_is_compiled_is_told_where_it_fails() -> None:
+    """As a sentence with the network's name; anything else that fails stays what it is."""
+
+    def uncompiled() -> None:
+        raise torch._dynamo.exc.Unsupported("graph break")
+
+    with pytest.raises(EnvironmentFault, match=r"the step of flot-tiny does not compile here .*graph break"):
+        network._warm_up("flot-tiny", {"step": uncompiled})
+    with pytest.raises(ZeroDivisionError):
+        network._warm_up("flot-tiny", {"step": lambda: 1 / 0})
+
+
+def test_the_rate_of_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two operations a multiply-add: a product of side n in ms milliseconds is 2 n^3 / (ms / 1000) a second."""
+    monkeypatch.setattr(ceiling, "timed", lambda work, device: Time(4.0, 4.0))
+    assert ceiling.matmul_rate(torch.device("cpu"), side=100) == pytest.approx(2 * 100**3 / 0.004)
+    found = bench_networks(["mlp-tiny"], (1, 8, 8), classes=0, batch_size=32, repeats=2, device=torch.device("cpu"))
+    cost = found.networks[0]
+    seconds = cost.step_ms.median / 1e3
+    assert cost.achieved == pytest.approx(3 * 32 * cost.flops / seconds / found.matmul_flops)
 
 
 def test_sizes_of_one_last_word_are_of_one_size() -> None:

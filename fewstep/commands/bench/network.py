@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from fewstep.commands.bench.shared import Ledger, check_ledger, keep, shape_of
+from fewstep.commands.bench.shared import (
+    Compiled,
+    Ledger,
+    Precision,
+    PrecisionChoice,
+    Threads,
+    check_ledger,
+    keep,
+    shape_of,
+)
 from fewstep.commands.shared import AsJson, user_errors
 from fewstep.console import meter, say, stderr
 
@@ -20,7 +29,9 @@ def bench_network(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Rounds in which every network takes its turn.")
     ] = 10,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")] = 0,
+    threads: Threads = 0,
+    precision: Precision = PrecisionChoice.fp32,
+    compiled: Compiled = False,
     ledger: Ledger = None,
     as_json: AsJson = False,
 ) -> None:
@@ -28,6 +39,7 @@ def bench_network(
 
     Timed are a forward pass, a training step (forward, backward and AdamW) and the derivative along the path that
     MeanFlow needs; printed are medians and quartiles over the rounds. A multiply-add counts as two operations.
+    The last column is the arithmetic of the step over its time, as a share of what large matrix products reach here.
     Sizes that share a last word, such as flot-mini and unet-mini, are pairs of about equal parameters.
 
     Example: fewstep bench network flot-tiny unet-tiny --shape 1,8,8 --batch-size 128
@@ -46,6 +58,8 @@ def bench_network(
                 repeats=repeats,
                 device=default_device(),
                 threads=threads,
+                precision=precision.value,
+                compiled=compiled,
                 report=lambda done, total: shown.update(done, total, "rounds"),
             )
         say(network_title(bench))

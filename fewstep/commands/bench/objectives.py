@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.commands.bench.shared import Ledger, check_ledger, keep, shape_of
+from fewstep.commands.bench.shared import Ledger, Threads, check_ledger, keep, shape_of
 from fewstep.commands.shared import AsJson, user_errors
 from fewstep.console import meter, say, stderr
 from fewstep.errors import GateFailed, UsageError, nearest
@@ -23,7 +23,7 @@ def bench_objectives(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Rounds in which every objective takes its turn.")
     ] = 15,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")] = 0,
+    threads: Threads = 0,
     ledger: Ledger = None,
     max_ratio: Annotated[
         list[str] | None,

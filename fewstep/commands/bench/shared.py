@@ -1,5 +1,6 @@
 """What the benchmarks' commands share."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,15 @@ from fewstep.errors import UsageError
 
 Ledger = Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")]
+
+
+class PrecisionChoice(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Precision = Annotated[PrecisionChoice, typer.Option("--precision", help="Of networks, as train.precision is.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Compile the networks, as train.compile does.")]
 
 
 def check_ledger(ledger: Path | None) -> None:
