@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Whole files, because tests of one file share trained runs.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# Whole files, because tests of one file share trained runs, and in the order of tests/conftest.py: pytest-xdist would
+# begin with the files of many tests, and end with the few long ones on one core.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

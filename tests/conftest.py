@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,10 @@ SMALL = ("train.batch_size=16", "train.log_every=1", "student.network={kind: mlp
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: what begins last, a core does alone at the end."""
+    """Files with slow tests first, then those with many: what begins last, a core does alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
 
 
 def cli(*arguments: object) -> Result:
