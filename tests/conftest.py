@@ -1,5 +1,6 @@
 """Settings of the whole suite, and what the tests of the command line share: small trained runs, a way to call it."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from typer.testing import CliRunner, Result
 # The tensors are small: a second thread costs more than it gives, several times more on a busy machine.
 torch.set_num_threads(1)
 
+# Files outlive a killed process without it; what a power cut leaves cannot be tested, and every flush waits for a disk.
+os.fsync = lambda descriptor: None
+
 SMALL = ("train.batch_size=16", "train.log_every=1", "student.network={kind: mlp, width: 16, depth: 1}")
 """Overrides that make any recipe small."""
 
@@ -23,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of the garbage collector's rounds: accelerate asks for a full one after every training,
+    which over the objects of all packages takes longer than a small training."""
+    gc.collect()
+    gc.freeze()
 
 
 def cli(*arguments: object) -> Result:
