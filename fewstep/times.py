@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.keys import Key
+from fewstep.uploads import on_device
 
 Times = Callable[[Tensor], Tensor]
 """Uniform numbers in (0, 1), float64 -> times in (0, 1), float64."""
@@ -60,16 +61,20 @@ def truncated_student(degrees: float, scale: float, sigma_min: float, sigma_max:
         raise ValueError(f"noise levels run from sigma_min to a larger sigma_max, got {sigma_min:g} and {sigma_max:g}")
     width = scale * math.sqrt(degrees)
     low, high = (math.asinh(math.log(sigma) / width) for sigma in (sigma_min, sigma_max))
+    return partial(_truncated_student, width=width, law=(degrees, low, high))
+
+
+def _student_table(degrees: float, low: float, high: float) -> Tensor:
+    """``y`` from ``low`` to ``high`` and the distribution function there, ``[2, 4097]`` float64."""
     y = torch.linspace(low, high, 4097, dtype=torch.float64)
     # cosh(y)^-degrees without overflow.
     mass = torch.exp(-degrees * (y.abs() + torch.log1p(torch.exp(-2 * y.abs()))))
     total = torch.cumulative_trapezoid(mass, y)
-    table = torch.cat((torch.zeros(1, dtype=torch.float64), total / total[-1]))
-    return partial(_truncated_student, width=width, y=y, table=table)
+    return torch.stack((y, torch.cat((torch.zeros(1, dtype=torch.float64), total / total[-1]))))
 
 
-def _truncated_student(u: Tensor, width: float, y: Tensor, table: Tensor) -> Tensor:
-    y, table = y.to(u.device), table.to(u.device)
+def _truncated_student(u: Tensor, width: float, law: tuple[float, float, float]) -> Tensor:
+    y, table = on_device(_student_table, law, u.device)
     k = torch.searchsorted(table, u, right=True).clamp(1, len(table) - 1) - 1
     share = (u - table[k]) / (table[k + 1] - table[k])
     return torch.sigmoid(width * torch.sinh(torch.lerp(y[k], y[k + 1], share)))
@@ -197,3 +202,21 @@ def jump_rows(index_B: Tensor, fraction: float) -> Tensor:
     j = index_B.to(torch.float64)
     # The small offset keeps products such as 3 * (1 / 3) on the right side of their integer.
     return torch.floor((j + 1) * fraction + 1e-9) > torch.floor(j * fraction + 1e-9)
+
+
+def jumps_last(index_B: Tensor, fraction: float, first: int | None = None) -> tuple[Tensor, int]:
+    """An order of the rows of a batch, ``[B]``, in which those that ``jump_rows`` picks come last and both parts keep
+    theirs; and how many rows stay.
+
+    ``first`` is the first of ``index_B`` where that counts up by one. Then the number is known without a look at the
+    device; otherwise (None) the host waits for it.
+    """
+    jump = jump_rows(index_B, fraction)
+    order = torch.argsort(jump.to(torch.int8), stable=True)
+    jumping = int(jump.sum()) if first is None else _floor(first + len(index_B), fraction) - _floor(first, fraction)
+    return order, len(order) - jumping
+
+
+def _floor(j: int, fraction: float) -> int:
+    """Jumps among the first ``j`` rows: the same numbers as in ``jump_rows``, which all but this difference cancel."""
+    return math.floor(j * fraction + 1e-9)

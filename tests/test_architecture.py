@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "grids",
         "keys",
         "times",
+        "uploads",
         "sources",
         "targets",
         "environment",

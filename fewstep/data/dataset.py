@@ -167,13 +167,15 @@ class Dataset:
 class Batch:
     """Samples ``x [B, *D]``, their condition (classes ``[B]`` or embeddings) or None, each sample's place ``index [B]``
     in the global batch and its row ``row [B]`` in the data set (None for a batch that comes from none). ``noise [B,
-    *D]`` belongs to pairs alone: the noise that each sample is the solution of."""
+    *D]`` belongs to pairs alone: the noise that each sample is the solution of. ``first`` is the first place where
+    places are consecutive, so that the host knows them without asking the device (None: it does not)."""
 
     x: Tensor
     label: Condition | None
     index: Tensor
     row: Tensor | None = None
     noise: Tensor | None = None
+    first: int | None = None
 
     def split(self, parts: int) -> "list[Batch]":
         """Consecutive microbatches of equal size. ``ValueError`` where they cannot be equal."""
@@ -189,6 +191,7 @@ class Batch:
                 self.index[slice(k, k + size)],
                 None if self.row is None else self.row[slice(k, k + size)],
                 None if self.noise is None else self.noise[slice(k, k + size)],
+                None if self.first is None else self.first + k,
             )
             for k in range(0, len(self.x), size)
         ]
@@ -226,7 +229,8 @@ class BatchSource:
         self._ahead = Ahead(self._gather) if on_host else None
         self._data = replace(data, latent=None if data.latent is None else data.latent.to(device))
         self._mirrors = data.flip and data.mirrored is None
-        self._index = torch.arange(rank * share, (rank + 1) * share, device=device)
+        self._first = rank * share
+        self._index = torch.arange(self._first, self._first + share, device=device)
 
     def batch(self, step: int) -> Batch:
         """This rank's share of the batch of optimiser step ``step`` (counted from 0)."""
@@ -234,7 +238,8 @@ class BatchSource:
         key, x = Key(self.seed, step), stored.x
         if self._mirrors:
             x = torch.where(mirrors(key, self._index).reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1), x)
-        return Batch(self._data.decode(x, key, self._index), stored.label, self._index, stored.row, stored.noise)
+        x = self._data.decode(x, key, self._index)
+        return Batch(x, stored.label, self._index, stored.row, stored.noise, self._first)
 
     def close(self) -> None:
         """End the thread that gathers, if there is one. It also ends with this object."""
@@ -311,7 +316,10 @@ class _Gather:
         x = gathered(self.data.x, rows, pin=self.pin)
         if self.data.flip and self.data.mirrored is not None:
             mirror = mirrors(Key(self.seed, step), self.order.index)
-            x[mirror] = self.data.mirrored[rows[mirror]]
+            if x.device.type == "cpu":  # only what is needed is read from disk
+                x[mirror] = self.data.mirrored[rows[mirror]]
+            else:  # only the device knows how many those are
+                x = torch.where(mirror.reshape(-1, *(1,) * (x.ndim - 1)), self.data.mirrored[rows], x)
         label = self.data.condition(rows, pin=self.pin)
         noise = None if self.data.noise is None else gathered(self.data.noise, rows, pin=self.pin)
         return _Stored(x, label, rows.pin_memory() if self.pin else rows, noise)

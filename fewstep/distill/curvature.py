@@ -14,7 +14,7 @@ from fewstep.condition import Condition
 from fewstep.distill.objective import mean_square
 from fewstep.distill.shards import local
 from fewstep.distill.tangent import Derivative
-from fewstep.times import jump_rows
+from fewstep.times import jumps_last
 
 BINS = 32
 
@@ -81,9 +81,18 @@ class CurvatureWeighting:
         return (weight / weight.mean()).float()
 
     @torch.no_grad()
-    def observe(self, x_t: Tensor, t_B: Tensor, u_B: Tensor, label_B: Condition | None, index_B: Tensor) -> None:
-        """Add the curvature at a part of the batch to what ``after_step`` will take up."""
-        rows = jump_rows(index_B, self.probed).nonzero().flatten()
+    def observe(
+        self,
+        x_t: Tensor,
+        t_B: Tensor,
+        u_B: Tensor,
+        label_B: Condition | None,
+        index_B: Tensor,
+        first: int | None = None,
+    ) -> None:
+        """Add the curvature at a part of the batch to what ``after_step`` will take up; ``first`` as in a batch."""
+        order, others = jumps_last(index_B, self.probed, first)
+        rows = order[others:]
         counted = len(rows) > 0
         if not counted:  # under FSDP2 all processes evaluate, or those that do would wait for the others for ever
             rows = torch.zeros(1, dtype=torch.int64, device=x_t.device)

@@ -74,7 +74,7 @@ class FlowMatching(Objective):
             weight = self.weighting.weight(u, key.step)
             loss = loss * weight
             diagnostics["weight"] = weight
-            self.weighting.observe(point.x_t, t, u, label, batch.index)
+            self.weighting.observe(point.x_t, t, u, label, batch.index, batch.first)
         return LossOutput(loss, residual.detach(), t, diagnostics)
 
     def after_step(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.checkpoint import RunDirectory
 from fewstep.distill.metrics import Sums, sums_of
 from fewstep.distill.objective import LossOutput
+from fewstep.distill.reading import Reading
 
 
 class MetricsLog:
@@ -41,19 +42,20 @@ class MetricsLog:
         self._over_processes = over_processes
         self._speaks = speaks
         self._outputs: list[LossOutput] = []
-        self._norms: list[float] = []
+        self._norms: list[float | Reading] = []
         self._window: Sums | None = None
         if window is not None:
             self._window = Sums(tuple(window["names"]), torch.tensor(window["value"], dtype=torch.float64))
 
-    def add(self, outputs: Sequence[LossOutput], grad_norm: float) -> None:
-        """Take note of a step; nothing is computed yet."""
+    def add(self, outputs: Sequence[LossOutput], grad_norm: float | Reading) -> None:
+        """Take note of a step; nothing is computed yet, and nothing read."""
         self._outputs.extend(outputs)
         self._norms.append(grad_norm)
 
     def _sums(self) -> Sums | None:
         if self._outputs:
-            new = sums_of(self._outputs, self._norms)
+            norms = [norm.values()[1] if isinstance(norm, Reading) else norm for norm in self._norms]
+            new = sums_of(self._outputs, norms)
             new = Sums(new.names, self._over_processes(new.value).cpu())
             self._window = new if self._window is None else self._window + new
             self._outputs, self._norms = [], []

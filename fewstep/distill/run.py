@@ -301,11 +301,12 @@ def _train_stages(
                 seconds = before + state.seconds
                 step = starts[number] + state.step
                 last = state.step == stage.steps
-                log.add(state.outputs, state.grad_norm)
+                log.add(state.outputs, state.reading)
                 if step % settings.log_every == 0 or last:
                     metrics = log.write(step, stage.name, state.lr, seconds)
                     trackers.log({**metrics, "lr": state.lr}, step)
                 if settings.ema_snapshot_every and step % settings.ema_snapshot_every == 0 and gathers:
+                    state.reading.values()  # averages of a step that failed are not kept
                     keep_snapshot(run, step, state.emas, accelerator.is_main_process)
                 stop = _agreed(accelerator, stopped())
                 if step % settings.checkpoint_every == 0 or last or stop:

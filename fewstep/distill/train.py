@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fewstep.distill.config import TrainConfig
 from fewstep.distill.ema import EMA
 from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import build_optimizer, learning_rate
+from fewstep.distill.reading import Reading
 from fewstep.distill.shards import full, gathered, shard, shard_like
 from fewstep.errors import FewstepError, UsageError
 from fewstep.keys import Key
@@ -41,17 +43,27 @@ class TrainState:
     (detached) of the microbatches of this one, ``seconds`` is the time spent in this call. ``snapshot(keep)`` gives
     every tensor a restart needs, whole, by group; under FSDP2 all processes call it, and those with ``keep=False`` get
     nothing.
+
+    A GPU may still be busy with the step: to ask for ``loss`` or ``grad_norm`` is to wait for it, and so is
+    ``snapshot``, which gives nothing of a step that failed. Any of them raises the ``NonFiniteError`` of the step.
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    reading: Reading
     outputs: list[LossOutput]
     lr: float
     seconds: float
     student: nn.Module
     emas: tuple[EMA, ...]
     snapshot: Callable[[bool], dict[str, Tensors]]
+
+    @property
+    def loss(self) -> float:
+        return self.reading.values()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        return self.reading.values()[1]
 
 
 class NonFiniteError(FewstepError):
@@ -101,6 +113,11 @@ def train(
     ended). ``start`` with ``done`` continues from a snapshot taken after ``done`` steps, with the same bits as a run
     that was never interrupted. Under FSDP2 the student is sharded in place and stays so.
 
+    On one GPU the host does not wait for it within a step: loss and norm of a step are looked at when the next one has
+    its gradients, and until then the device itself keeps what is not finite from the weights. The last step is looked
+    at before it is yielded. Elsewhere, with several processes, and for optimisers that cannot pass over an update on
+    the device, every step is looked at before it changes anything.
+
     Raises ``NonFiniteError`` before a non-finite gradient reaches the weights, and ``UnsynchronisedError`` if the
     processes do not share their gradients.
     """
@@ -120,7 +137,12 @@ def train(
     if start is not None:
         _restore(start, done, emas, optimizer, parameters)
 
+    deferred = _passes_over(optimizer, accelerator)
+    reading: Reading | None = None
+
     def snapshot(keep: bool = True) -> dict[str, Tensors]:
+        if reading is not None:
+            reading.values()  # raises, rather than save what a failed step has left
         groups = {"student": student.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
         if extra := objective.extra_state():
             groups["objective"] = extra
@@ -137,27 +159,32 @@ def train(
         batch = source.batch(first_step + step)
         outputs, mean = _backward(prepared, batch, key, config, accelerator)
         norm = gradient_norm(parameters)
-        # One read of the device per step, and one exchange among the processes: they have to agree on what follows.
+        # One exchange among the processes: they have to agree on what follows.
         both = torch.stack((mean, full(norm)))
         if accelerator.num_processes > 1:
             both = over_processes(both, accelerator) / accelerator.num_processes
-        loss, grad_norm = both.tolist()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _non_finite(loss, outputs, batch, key, accelerator)
+        before, reading = reading, Reading(both, partial(_non_finite, outputs, _rows(batch), key, accelerator))
+        if before is not None:
+            before.values()  # known already, or else on a device that has this step's gradients to go on with
+        if deferred:
+            optimizer.found_inf = reading.not_finite()  # type: ignore[attr-defined]
+        else:
+            reading.values()
         if step - done < CHECKED_STEPS:
             _check_synchronised(full(norm), accelerator)
         # The factor grad_clip / (norm + 1e-6), at most one: below the bound there is nothing to multiply.
-        if config.grad_clip and grad_norm + 1e-6 > config.grad_clip:
+        if config.grad_clip and (deferred or reading.values()[1] + 1e-6 > config.grad_clip):
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step()
         for ema in emas:
             ema.update()
+        if step + 1 == steps:
+            reading.values()
         yield TrainState(
             step=step + 1,
-            loss=loss,
-            grad_norm=grad_norm,
+            reading=reading,
             outputs=outputs,
             lr=lr,
             seconds=time.perf_counter() - began,
@@ -193,6 +220,19 @@ def _backward(
         outputs.append(replace(output, per_sample_B=output.per_sample_B.detach()))
         means.append(mean.detach())
     return outputs, means[0] if len(means) == 1 else torch.stack(means).mean()
+
+
+def _passes_over(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
+    """Whether the device itself can leave an update out, so that the host need not look first: fused Adam does where
+    its ``found_inf`` is 1, the step count included."""
+    return (
+        accelerator.device.type == "cuda" and accelerator.num_processes == 1 and bool(optimizer.defaults.get("fused"))
+    )
+
+
+def _rows(batch: Batch) -> Tensor:
+    """What an error names samples by."""
+    return batch.index if batch.row is None else batch.row
 
 
 def _precision(config: TrainConfig, accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
@@ -233,11 +273,10 @@ def _check_synchronised(norm: Tensor, accelerator: Accelerator) -> None:
 
 
 def _non_finite(
-    loss: float, outputs: list[LossOutput], batch: Batch, key: Key, accelerator: Accelerator
+    outputs: list[LossOutput], row: Tensor, key: Key, accelerator: Accelerator, loss: float
 ) -> NonFiniteError:
     """What is known of a step that failed: loss or gradient, the keys of its draws, the samples at fault."""
     per_sample = torch.cat([output.per_sample_B.detach() for output in outputs])
-    row = batch.index if batch.row is None else batch.row
     rows = sorted(gather_object(row[~per_sample.isfinite()].tolist()))
     keys = f"draws and batch keyed by seed {key.seed}, step {key.step}"
     if rows:

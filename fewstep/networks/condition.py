@@ -81,7 +81,7 @@ class ConditionedNetwork(nn.Module):
             beside.append(self.embed_label(label_B))
         if self.embed_guidance is not None:
             if guidance_B3 is None:
-                guidance_B3 = torch.tensor(UNGUIDED, dtype=t_B.dtype, device=t_B.device).expand(len(t_B), 3)
+                guidance_B3 = torch.stack([torch.full_like(t_B, number) for number in UNGUIDED], dim=-1)
             beside.append(self.embed_guidance(guidance_B3))
         elif guidance_B3 is not None:
             raise ValueError("guidance was given to a network that has no input for it")

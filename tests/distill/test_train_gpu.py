@@ -1,11 +1,18 @@
 """The trainer on an accelerator against the golden losses of the CPU; skipped where there is none."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from test_golden import FOLDER
 
+from fewstep.data.dataset import Batch
 from fewstep.distill.config import TrainConfig
+from fewstep.distill.objective import LossOutput
+from fewstep.distill.train import NonFiniteError
+from fewstep.keys import Key
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,4 +62,45 @@ def test_a_resumed_run_has_the_same_bits(name: str) -> None:
     wanted = {key: value.clone() for key, value in state.student.state_dict().items()}
     *_, state = tiny.run(tiny.OBJECTIVES[name](), 6, start=groups, done=3)
     for key, value in state.student.state_dict().items():
+        assert torch.equal(value, wanted[key]), key
+
+
+@pytest.fixture
+def _no_waiting() -> Iterator[None]:
+    """Puts back what a test says of synchronisation."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("_no_waiting")
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_a_step_waits_for_nothing(name: str) -> None:
+    """Whole steps of the trainer, once what is made but once is there, and beyond the twentieth, where grids that grow
+    over the training have grown: a new one is brought to the device."""
+    steps = tiny.run(tiny.OBJECTIVES[name](), 1000, first_step=30)
+    for _ in range(3):
+        next(steps)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(2):
+        next(steps)
+
+
+def test_a_failed_step_is_told_of_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the weights of the step before it."""
+    objective = tiny.flow_matching()
+    plain = objective.forward
+
+    def poisoned(batch: Batch, key: Key) -> LossOutput:
+        output = plain(batch, key)
+        return replace(output, per_sample_B=output.per_sample_B * (torch.inf if key.step == 2 else 1.0))
+
+    monkeypatch.setattr(objective, "forward", poisoned)
+    steps = tiny.run(objective, 6)
+    next(steps), next(steps)
+    wanted = {key: value.clone() for key, value in objective.student.state_dict().items()}
+    next(steps)
+    with pytest.raises(NonFiniteError, match="not finite at step 3"):
+        next(steps)
+    for key, value in objective.student.state_dict().items():
         assert torch.equal(value, wanted[key]), key

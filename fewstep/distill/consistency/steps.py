@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.distill.consistency.schedules import Intervals
 from fewstep.keys import Key
 from fewstep.times import Times, jump_rows
+from fewstep.uploads import numbers, on_device
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,22 @@ class GridSteps:
 
     def __call__(self, key: Key, index_B: Tensor) -> Hop:
         count = self.intervals(key.step)
-        t, sigma = self.nodes(count)
         u = key.uniform("time", index_B)
+        t = on_device(_times, (self.nodes, count), u.device)
         if self.log_normal is None:
             k = (u * count).floor().long()
         else:
-            edges = interval_masses(sigma, *self.log_normal).cumsum(0).to(u.device)
+            edges = on_device(_edges, (self.nodes, count, *self.log_normal), u.device)
             k = torch.searchsorted(edges, u * edges[-1]).clamp(max=count - 1)
-        t = t.to(u.device)
         return Hop(t[k], t[k + 1], torch.zeros_like(t[k]))
+
+
+def _times(nodes: Nodes, intervals: int) -> Tensor:
+    return nodes(intervals)[0]
+
+
+def _edges(nodes: Nodes, intervals: int, mean: float, std: float) -> Tensor:
+    return interval_masses(nodes(intervals)[1], mean, std).cumsum(0)
 
 
 def interval_masses(sigma: Tensor, mean: float, std: float) -> Tensor:
@@ -102,7 +110,7 @@ class SegmentSteps:
 
     def __call__(self, key: Key, index_B: Tensor) -> Hop:
         u = key.uniform("time", index_B)
-        counts = torch.tensor(self.counts, dtype=torch.float64, device=u.device)
+        counts = numbers(self.counts, u.device, torch.float64)
         count = counts[(key.uniform("count", index_B) * len(counts)).long()]
         total = count * (self.intervals / count).ceil()
         k = (u * total).floor()

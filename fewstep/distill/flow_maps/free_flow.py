@@ -14,7 +14,7 @@ from fewstep.distill.tangent import EndDerivative
 from fewstep.flow import LINEAR, VelocityField, expand
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
-from fewstep.times import Times, jump_rows, sample_times
+from fewstep.times import Times, jumps_last, sample_times
 
 
 class FreeFlow(Objective):
@@ -59,9 +59,7 @@ class FreeFlow(Objective):
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         # Of the batch only the labels and the places count: the noise replaces the data.
-        corrects = jump_rows(batch.index, self.correction)
-        order = torch.argsort(corrects.to(torch.int8), stable=True)
-        predicts = len(order) - int(corrects.sum())
+        order, predicts = jumps_last(batch.index, self.correction, batch.first)
         index, z = batch.index[order], self.noise(batch, key)[order]
         label = None if batch.label is None else batch.label[order]
         r = sample_times(self.ends, key, "time", index)

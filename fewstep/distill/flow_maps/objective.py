@@ -19,7 +19,8 @@ from fewstep.distill.tangent import Derivative
 from fewstep.flow import LINEAR, expand
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
-from fewstep.times import Pairs, jump_rows
+from fewstep.times import Pairs, jumps_last
+from fewstep.uploads import numbers
 
 Done = Callable[[int], float]
 """Optimiser step -> share of the training that is done."""
@@ -99,9 +100,9 @@ class FlowMapMatching(TargetedObjective):
 
     def rows(self, batch: Batch, key: Key) -> tuple[Rows, int]:
         """The batch in states and pairs of times, rows with ``r = t`` first, and how many those are."""
-        jump = jump_rows(batch.index, self.jump_fraction)
-        order = torch.argsort(jump.to(torch.int8), stable=True)
-        jump, index, x = jump[order], batch.index[order], batch.x[order]
+        order, diagonal = jumps_last(batch.index, self.jump_fraction, batch.first)
+        index, x = batch.index[order], batch.x[order]
+        jump = torch.arange(len(order), device=order.device) >= diagonal
         e = self.noise(batch, key)[order]
         pairs = self.pairs(key, index, jump)
         point = LINEAR.sample(x, e, pairs.t)
@@ -114,9 +115,9 @@ class FlowMapMatching(TargetedObjective):
         if self.guidance is not None:
             told = self.guidance.draw(key, index)
             if label is not None:  # without a class there is nothing to guide by
-                none = torch.tensor(NO_GUIDANCE, device=told.device)
+                none = numbers(NO_GUIDANCE, told.device)
                 told = torch.where(lost(label, self.null_label)[:, None], none, told)
-        return Rows(point.x_t, pairs.t, pairs.r, label, point.v, index, told), len(index) - int(jump.sum())
+        return Rows(point.x_t, pairs.t, pairs.r, label, point.v, index, told), diagonal
 
     def goal(self, tail: Rows, v: Tensor | None, key: Key) -> Goal:
         """What the rule holds the rows that jump to. Every network sees the dropout masks of the output it is for."""

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.condition import Condition
 from fewstep.distill.flow_maps.guidance import NO_GUIDANCE
 from fewstep.distill.tangent import Net
+from fewstep.uploads import numbers
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ def without_guidance(net: nn.Module, rows: Rows) -> Net:
     """The network for these rows with guidance switched off."""
     if rows.guidance_B3 is None:
         return net
-    off = torch.tensor(NO_GUIDANCE, device=rows.x.device).expand(len(rows), 3)
+    off = numbers(NO_GUIDANCE, rows.x.device).expand(len(rows), 3)
     return Guided(net, off)

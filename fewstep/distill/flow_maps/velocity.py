@@ -14,6 +14,7 @@ from fewstep.distill.flow_maps.guidance import scale_at
 from fewstep.distill.flow_maps.rows import Rows, bound, without_guidance
 from fewstep.flow import VelocityField, expand
 from fewstep.teachers.guided import Contrast
+from fewstep.uploads import numbers
 
 Velocity = Callable[[nn.Module, Rows], Tensor]
 
@@ -101,4 +102,4 @@ def guidance_of(rows: Rows, fixed: tuple[float, float, float]) -> Tensor:
     """Scale and window of each row, ``[B, 3]``: its own, or the fixed ones."""
     if rows.guidance_B3 is not None:
         return rows.guidance_B3
-    return torch.tensor(fixed, device=rows.x.device).expand(len(rows), 3)
+    return numbers(fixed, rows.x.device).expand(len(rows), 3)

@@ -16,11 +16,12 @@ from fewstep.distill.jumps import jump_target, solve
 from fewstep.distill.objective import LossOutput, Objective, mean_square
 from fewstep.distill.tangent import Net
 from fewstep.distill.time_weights import TimeWeight, velocity_weight
-from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField
+from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, expand
 from fewstep.grids import Grid, check_grid, thinned, uniform_nodes
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
 from fewstep.sampling import Solver
+from fewstep.uploads import numbers
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,22 @@ class SolverMap:
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         return solve(self.field, self.solver, x, t_B, r_B, label_B, substeps=self.substeps)
+
+
+@dataclass(frozen=True)
+class StageMap:
+    """The student of the stage before, as the teacher of this one: ``x_r = x_t - (t - r) u(x_t, t, r)``.
+
+    Rows are not held against the domain one by one, which would mean to wait for the device: a stage checks the jumps
+    of its grid as it is made, and makes no others.
+    """
+
+    net: Net
+    domain: TimeDomain
+    nfe: int = 1
+
+    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
+        return x - expand(t_B - r_B, x) * self.net(x, t_B, r_B, label_B)
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ class ProgressiveStage(Objective):
         x = batch.x
         e = self.noise(batch, key)
         node = (key.uniform("time", batch.index) * self.steps).floor().to(torch.int64)
-        nodes = torch.tensor(self.teacher_grid, dtype=torch.float32, device=x.device)
+        nodes = numbers(self.teacher_grid, x.device)
         t, m, s = nodes[2 * node], nodes[2 * node + 1], nodes[2 * node + 2]
 
         x_t = LINEAR.sample(x, e, t).x_t

@@ -11,6 +11,7 @@ from fewstep.flow import LINEAR, VelocityField, expand, uniform_grid
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
 from fewstep.sampling import Solver
+from fewstep.uploads import on_device
 
 
 class PiecewiseReflow(Objective):
@@ -54,7 +55,7 @@ class PiecewiseReflow(Objective):
 
     def forward(self, batch: Batch, key: Key) -> LossOutput:
         window = (key.uniform("window", batch.index) * self.windows).long()
-        grid = uniform_grid(self.windows).to(batch.x.device)
+        grid = on_device(uniform_grid, (self.windows,), batch.x.device)
         start, end = grid[window], grid[window + 1]
         x_start = LINEAR.sample(batch.x, self.noise(batch, key), start).x_t
         x_end = solve(self.teacher, self.solver, x_start, start, end, batch.label, substeps=self.substeps)

@@ -1,0 +1,28 @@
+"""Small tensors that are made on the host: grids, tables, constants.
+
+Copying one to a GPU makes the host wait until that has done everything it was told before. Within a training step the
+host should never wait, so they are copied once and kept.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=128)
+def on_device(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], device: torch.device) -> Tensor:
+    """``make(*arguments)``, a pure function of hashable arguments, on a device: the same tensor at every call, not to
+    be changed in place."""
+    with torch.inference_mode(False):  # what is made in inference could not be used in training later
+        return make(*arguments).to(device)
+
+
+def numbers(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Some numbers as a tensor on a device, as ``on_device`` keeps it."""
+    return on_device(_tensor, (values, dtype), device)
+
+
+def _tensor(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
