@@ -95,15 +95,19 @@ def philox(counter: Sequence[A], key: tuple[int, int]) -> tuple[A, A, A, A]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # A 32x32-bit product fills 64 bits; int64 wraps, and its bits are those of the unsigned product.
+        # A 32x32-bit product fills 64 bits; int64 wraps, and its bits are those of the unsigned product. What lies
+        # above the 32 bits of a word is only taken off before the word is multiplied.
         p0 = c0 * _MULTIPLIERS[0]
         p1 = c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        c0 = p1 >> 32
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _MASK
+        c2 = p0 >> 32
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _MASK
+        c1, c3 = p1, p0
         k0 = (k0 + _WEYL[0]) & _MASK
         k1 = (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
