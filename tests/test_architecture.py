@@ -74,7 +74,7 @@ SEPARATE = {
 HEAVY = {"torch", "numpy", "matplotlib", "accelerate", "safetensors", "torchvision", "torchmetrics", "cleanfid", "PIL"}
 OPTIONAL = {
     *("torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers", "peft"),
-    "transformers",
+    *("transformers", "prdc", "torch_fidelity", "sklearn", "threadpoolctl"),
 }
 
 
@@ -161,6 +161,7 @@ LIGHT = [
         "fewstep.cli",
         "fewstep.commands.shared",
         "fewstep.commands.bench.loader",
+        "fewstep.commands.bench.metrics",
         "fewstep.commands.bench.network",
         "fewstep.commands.bench.objectives",
         "fewstep.commands.bench.shared",

@@ -3,6 +3,7 @@
 import typer
 
 from fewstep.commands.bench.loader import bench_loader
+from fewstep.commands.bench.metrics import bench_metrics
 from fewstep.commands.bench.network import bench_network
 from fewstep.commands.bench.objectives import bench_objectives
 from fewstep.commands.bench.train import bench_train
@@ -12,3 +13,4 @@ bench_app.command("train")(bench_train)
 bench_app.command("network")(bench_network)
 bench_app.command("objectives")(bench_objectives)
 bench_app.command("loader")(bench_loader)
+bench_app.command("metrics")(bench_metrics)

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from fewstep.commands.bench.shared import Ledger, Threads, check_ledger, keep, shape_of
+from fewstep.commands.bench.shared import Ledger, Threads, check_ledger, gates_of, keep, shape_of
 from fewstep.commands.shared import AsJson, user_errors
 from fewstep.console import meter, say, stderr
-from fewstep.errors import GateFailed, UsageError, nearest
+from fewstep.errors import GateFailed
 
 
 def bench_objectives(
@@ -50,8 +50,8 @@ def bench_objectives(
         from fewstep.workflows import default_device
 
         measured = [variant.name for variant in chosen_variants(kinds or [])]
-        ratios = _gates("--max-ratio", max_ratio or [], measured)
-        memories = _gates("--max-memory", max_memory or [], measured)
+        ratios = gates_of("--max-ratio", max_ratio or [], measured)
+        memories = gates_of("--max-memory", max_memory or [], measured)
         check_ledger(ledger)
         with meter("bench objectives") as shown:
             bench = bench_objectives(
@@ -79,19 +79,3 @@ def bench_objectives(
                     f"a step of {cost.name} holds {cost.memory_ratio:.3f} of flow matching's memory, "
                     f"above {memories[cost.name]:g}"
                 )
-
-
-def _gates(option: str, texts: list[str], measured: list[str]) -> dict[str, float]:
-    """``NAME=RATIO`` of every text, each of something that is measured."""
-    found = {}
-    for text in texts:
-        name, _, ratio = text.partition("=")
-        if name not in measured:
-            raise UsageError(f"{option}: '{name}' is not measured; {nearest(name, measured)}")
-        try:
-            found[name] = float(ratio)
-        except ValueError:
-            found[name] = math.nan
-        if not math.isfinite(found[name]):
-            raise UsageError(f"{option} takes NAME=RATIO with a finite number, got '{text}'")
-    return found

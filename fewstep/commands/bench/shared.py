@@ -1,5 +1,6 @@
 """What the benchmarks' commands share."""
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.console import emit_json
-from fewstep.errors import UsageError
+from fewstep.errors import UsageError, nearest
 
 Ledger = Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")]
@@ -46,3 +47,19 @@ def shape_of(text: str) -> tuple[int, ...]:
     if not all(side.strip().isdecimal() and int(side) for side in sides):
         raise UsageError(f"--shape takes sizes such as 3,32,32, got '{text}'")
     return tuple(map(int, sides))
+
+
+def gates_of(option: str, texts: list[str], measured: list[str]) -> dict[str, float]:
+    """``NAME=RATIO`` of every text, each of something that is measured."""
+    found = {}
+    for text in texts:
+        name, _, ratio = text.partition("=")
+        if name not in measured:
+            raise UsageError(f"{option}: '{name}' is not measured; {nearest(name, measured)}")
+        try:
+            found[name] = float(ratio)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise UsageError(f"{option} takes NAME=RATIO with a finite number, got '{text}'")
+    return found
