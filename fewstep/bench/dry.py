@@ -1,4 +1,4 @@
-"""A training step gone through on paper: the operations of the real networks on tensors that have shapes and no numbers.
+"""A training step gone through on paper: what the real networks would do, on tensors with shapes and no numbers.
 
 What is counted is what the step would do: operations, bytes read and written, kernels, and bytes held at once. The
 tensors are torch's fake ones, so a network of any size takes seconds and no memory. Shapes: B batch.

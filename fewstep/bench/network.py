@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.bench.ceiling import matmul_rate
+from fewstep.bench.ceiling import product_tflops
 from fewstep.bench.measure import (
     Reported,
     Spread,
@@ -108,7 +108,7 @@ def bench_networks(
                 for name, work in works[size].items():
                     taken[size, name].append(timed(work, device).wall)
             report(round_ + 1, repeats)
-        rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        rate = 1e12 * product_tflops(torch.bfloat16 if precision == "bf16" else torch.float32, device)
         costs = []
         for size in nets:
             step_ms = spread(taken[size, "step"])

@@ -147,9 +147,10 @@ def test_what_is_compiled_is_told_where_it_fails() -> None:
 
 
 def test_the_rate_of_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two operations a multiply-add: a product of side n in ms milliseconds is 2 n^3 / (ms / 1000) a second."""
+    """Two operations a multiply-add: one of side n in 4 milliseconds is 2 n^3 / 0.004 a second."""
     monkeypatch.setattr(ceiling, "timed", lambda work, device: Time(4.0, 4.0))
-    assert ceiling.matmul_rate(torch.device("cpu"), side=100) == pytest.approx(2 * 100**3 / 0.004)
+    assert ceiling.product_tflops(torch.float32, torch.device("cpu")) == pytest.approx(1e-12 * 2 * 1024**3 / 0.004)
+    monkeypatch.undo()
     found = bench_networks(["mlp-tiny"], (1, 8, 8), classes=0, batch_size=32, repeats=2, device=torch.device("cpu"))
     cost = found.networks[0]
     seconds = cost.step_ms.median / 1e3

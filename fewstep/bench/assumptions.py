@@ -1,0 +1,61 @@
+"""What a plan takes for granted, in sentences."""
+
+from fewstep.bench.accelerators import Accelerator
+from fewstep.bench.outline import Outline
+from fewstep.distill.reflow.config import ReflowConfig
+
+
+def assumptions(
+    case: Outline, accelerator: Accelerator, gpus: int, *, efficiency: float, tf32: bool, reserve: float, cpu: bool
+) -> tuple[str, ...]:
+    """Everything that a plan of this run rests on and has not measured, one sentence each."""
+    train = case.config.train
+    found = [
+        f"products reach {efficiency:g} of the peak ({_peaks(accelerator, tf32)}); measure it and give --efficiency",
+        "a step takes as long as the slowest of products, memory traffic and launches, one behind the other two; then "
+        "the optimiser",
+        "which networks a step calls, on how many rows, was observed on networks of few weights, in four steps of each "
+        "stage; operations, traffic and memory are those of the run's own networks, gone through without numbers",
+        "operations are those of matrix products and convolutions, recomputation in attention's backward pass included",
+        "noise, times and the loss itself are not counted, nor evaluation, checkpoints and waiting for data",
+        f"{reserve:.0%} of a GPU's memory is left to its context, libraries and gaps; the data are elsewhere",
+    ]
+    if not cpu:
+        found.append("every operation takes 6 us to be launched, and attention is a fused kernel")
+    if train.compile:
+        found.append(
+            "compiled, what lies between products moves no bytes of its own; launches and memory are those of eager "
+            "mode: upper bounds"
+        )
+    else:
+        found.append("eager mode: every kernel reads and writes memory, whatever a cache may keep")
+    if not tf32:
+        found.append(
+            "float32 products (of forward derivatives always) run without TF32, as torch has it unless told otherwise"
+        )
+    if gpus > 1:
+        found.append(f"all {gpus} GPUs are one node, and each sends {accelerator.link:g} GB/s to the others")
+        if train.parallel == "ddp":
+            found.append("DDP: one ring all-reduce, hidden behind the backward pass as far as that is long enough")
+        else:
+            found.append(
+                "FSDP2: every call gathers its network, the backward pass once more, gradients are scattered once; "
+                "hidden behind the arithmetic as far as that is long enough; the teacher is whole on every GPU"
+            )
+            if train.precision == "bf16":
+                found.append(
+                    "autocast's bfloat16 copies of the gathered weights live until the backward pass: they are counted "
+                    "as activations, and are not sharded"
+                )
+    if train.optimizer == "radam":
+        found.append("what RAdam's step holds for itself (a few copies of the weights) is not counted")
+    if isinstance(case.config.objective, ReflowConfig) and case.config.objective.pairs.path is None:
+        pairs = case.config.objective.pairs
+        made = f"{pairs.count:,} pairs, of {pairs.steps} {pairs.solver} steps each"
+        found.append(f"{made}, are made before every stage: not in the hours")
+    return (*found, *case.assumed)
+
+
+def _peaks(accelerator: Accelerator, tf32: bool) -> str:
+    full = accelerator.tf32 if tf32 else accelerator.fp32
+    return f"{accelerator.bf16:,.4g} TFLOP/s in bfloat16, {full:,.4g} in float32"

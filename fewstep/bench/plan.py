@@ -1,0 +1,399 @@
+"""What a run would cost on given GPUs, on paper: arithmetic, memory by part, time. Nothing is started.
+
+Operations, traffic and activations are those of ``dry.dry_step``, weights and what belongs to them are counted, and
+times are those of a roofline: the slowest of products, memory traffic, launches and exchange.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fewstep.bench.accelerators import Accelerator
+from fewstep.bench.assumptions import assumptions
+from fewstep.bench.calls import Call, Role, StageCalls, stage_calls
+from fewstep.bench.dry import DryStep, dry_step
+from fewstep.bench.network import forward_flops
+from fewstep.bench.outline import Outline
+from fewstep.distill.config import TrainConfig
+from fewstep.errors import UsageError
+from fewstep.networks.build import build_network, parameter_count
+from fewstep.networks.config import NetworkConfig
+from fewstep.networks.embeddings import to_bfloat16
+from fewstep.teachers.config import ForeignTeacher, RunTeacher
+from fewstep.teachers.network import freeze
+
+EFFICIENCY = 0.35
+"""Share of the peak that products are taken to reach until somebody has measured it."""
+RESERVE = 0.1
+"""Share of a GPU's memory that is left to its context, to libraries and to gaps between tensors."""
+LAUNCH_S = 6e-6
+"""What an operation takes to be launched on a GPU, however small it is: eager mode's usual few microseconds."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the GPU that holds most, at the moment when it does. ``held`` are targets and the like; ``exchange`` is
+    DDP's buckets, or what FSDP2 gathers of one block and the next; ``activations`` is what a step holds beyond all
+    else."""
+
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+    teachers: int
+    held: int
+    exchange: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """An optimiser step of one stage on every GPU, in seconds: of products, of memory traffic and of launches, of which
+    the slowest counts; of the exchange that these do not hide; of optimiser and averages; and in all. ``flops`` is per
+    sample."""
+
+    name: str
+    steps: int
+    flops: float
+    products_s: float
+    traffic_s: float
+    launches_s: float
+    exchange_s: float
+    optimiser_s: float
+    step_s: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on ``gpus`` of a kind. ``forward_flops`` is of one sample through the student; ``microbatch`` what a GPU
+    takes at once, and ``largest`` how many samples it could."""
+
+    name: str
+    objective: str
+    accelerator: Accelerator
+    gpus: int
+    parallel: str
+    precision: str
+    efficiency: float
+    shape: tuple[int, ...]
+    classes: int
+    params: int
+    forward_flops: int
+    batch_size: int
+    microbatch: int
+    largest: int
+    stages: tuple[StageCost, ...]
+    assumptions: tuple[str, ...]
+
+    @property
+    def memory(self) -> Memory:
+        """Of the stage that takes most."""
+        return max((stage.memory for stage in self.stages), key=lambda each: each.total)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of a GPU."""
+        return int(self.accelerator.memory_gib * GIB)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= (1 - RESERVE) * self.capacity
+
+    @property
+    def hours(self) -> float:
+        return sum(stage.steps * stage.step_s for stage in self.stages) / 3600
+
+    @property
+    def samples_per_s(self) -> float:
+        steps = sum(stage.steps for stage in self.stages)
+        return steps * self.batch_size / (3600 * self.hours)
+
+    def to_json(self) -> dict[str, Any]:
+        """With what follows from it."""
+        derived = {
+            "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "capacity_bytes": self.capacity,
+            "fits": self.fits,
+            "samples_per_s": self.samples_per_s,
+            "hours": self.hours,
+            "gpu_hours": self.hours * self.gpus,
+        }
+        return {"bench": "plan", **asdict(self), **derived}
+
+
+def make_plan(
+    case: Outline,
+    gpus: int,
+    accelerator: Accelerator,
+    *,
+    efficiency: float = EFFICIENCY,
+    tf32: bool = False,
+    cpu: bool = False,
+) -> Plan:
+    """Plan a run on ``gpus`` accelerators of one node; ``cpu`` if the accelerator is one, whose kernels are others.
+
+    ``UsageError`` for a batch that does not divide among the GPUs, and for several GPUs without a link.
+    """
+    train = case.config.train
+    shares = gpus * train.gradient_accumulation_steps
+    if train.batch_size % shares:
+        raise UsageError(f"train.batch_size {train.batch_size} does not divide into {shares} microbatches")
+    if gpus > 1 and accelerator.link is None:
+        raise UsageError(f"{gpus} GPUs, and the link of a {accelerator.name} is not known: give --link")
+    work = _Work(case, gpus, accelerator, efficiency, tf32, cpu)
+    rows = train.batch_size // shares
+    observed = stage_calls(case, rows)
+    stages = tuple(work.stage(stage, rows) for stage in observed)
+    fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
+    with FakeTensorMode():
+        student = work.networks(())["student"]
+        params, flops = parameter_count(student), forward_flops(student, case.shape)
+    return Plan(
+        name=case.config.name,
+        objective=case.config.objective.kind,
+        accelerator=accelerator,
+        gpus=gpus,
+        parallel=train.parallel if gpus > 1 else "none",
+        precision=train.precision,
+        efficiency=efficiency,
+        shape=case.shape,
+        classes=case.classes,
+        params=params,
+        forward_flops=flops,
+        batch_size=train.batch_size,
+        microbatch=rows,
+        largest=work.largest(observed[fullest], rows),
+        stages=stages,
+        assumptions=assumptions(case, accelerator, gpus, efficiency=efficiency, tf32=tf32, reserve=RESERVE, cpu=cpu),
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a network: as a whole, of what is trained, and of one GPU's shard of either; its largest block and what
+    lies outside of blocks."""
+
+    whole: int
+    trained: int
+    shard: int
+    trained_shard: int
+    block: int
+    root: int
+
+
+class _Work:
+    """A run on some GPUs: how its stages' costs are found."""
+
+    def __init__(
+        self, case: Outline, gpus: int, accelerator: Accelerator, efficiency: float, tf32: bool, cpu: bool
+    ) -> None:
+        self.case, self.gpus, self.accelerator, self.efficiency = case, gpus, accelerator, efficiency
+        self.tf32, self.cpu = tf32, cpu
+        self.train: TrainConfig = case.config.train
+        self.sharded = self.train.parallel == "fsdp2" and gpus > 1
+        self._dry: dict[Any, DryStep] = {}
+
+    def networks(self, held: tuple[Role, ...]) -> dict[Role, nn.Module]:
+        """The run's networks, freshly made: to be called where tensors are fake."""
+        case, student, teacher = self.case, self.case.config.student, self.case.config.teacher
+
+        def net(config: NetworkConfig, **options: Any) -> nn.Module:
+            return build_network(config, case.shape, case.classes, **options)
+
+        own = {"two_times": student.two_times, "split": student.split, "guidance": student.guidance_input}
+        nets: dict[Role, nn.Module] = {"student": net(case.student, **own)}
+        for role in held:
+            nets[role] = net(case.student, **own)
+            if role != "companion":
+                freeze(nets[role])
+        taught: dict[Role, NetworkConfig | None] = {"teacher": case.teacher, "weak": case.weak}
+        for role, config in taught.items():
+            if config is not None:
+                nets[role] = freeze(net(config, two_times=False))
+                if isinstance(teacher, RunTeacher | ForeignTeacher) and teacher.precision == "bf16":
+                    to_bfloat16(nets[role])
+        return nets
+
+    def dry(self, calls: tuple[Call, ...], held: tuple[Role, ...], rows: int, microbatch: int) -> DryStep:
+        """The step of a microbatch of ``rows``, where ``calls`` were observed with ``microbatch``."""
+        key = (calls, held, rows)
+        if key not in self._dry:
+            known = tuple(
+                call for call in calls if call.role not in ("teacher", "weak") or self.case.teacher is not None
+            )
+            self._dry[key] = dry_step(
+                lambda: self.networks(held),
+                known,
+                self.case.shape,
+                self.case.classes,
+                rows=lambda call: math.ceil(call.rows * rows / microbatch),
+                mixed=self.train.precision == "bf16",
+                gpu=not self.cpu,
+                kept=not self.sharded,
+                microbatches=min(2, self.train.gradient_accumulation_steps),
+            )
+        return self._dry[key]
+
+    def stage(self, stage: StageCalls, rows: int) -> StageCost:
+        """The cost of an optimiser step: its arithmetic a mean over the stage, its memory that of its fullest step."""
+        gpu, accumulated = self.accelerator, self.train.gradient_accumulation_steps
+        ways = [(share, calls, self.dry(calls, stage.held, rows, rows)) for share, calls in stage.ways]
+
+        def mean(value: Mapping[int, float]) -> float:
+            return accumulated * sum(share * value[number] for number, (share, _, _) in enumerate(ways))
+
+        steps = [step for _, _, step in ways]
+        products = mean(
+            {
+                number: sum(count / gpu.peak(dtype, tf32=self.tf32) for dtype, count in step.flops.items())
+                for number, step in enumerate(steps)
+            }
+        )
+        products /= self.efficiency
+        # A compiler fuses what lies between products into them.
+        moved = {n: step.product_traffic if self.train.compile else step.traffic for n, step in enumerate(steps)}
+        traffic = mean(moved) / (1e9 * gpu.bandwidth)
+        launches = 0.0 if self.cpu else mean({n: step.kernels for n, step in enumerate(steps)}) * LAUNCH_S
+        busy = max(products, traffic, launches)
+        backward = sum(share * step.backward_share for share, _, step in ways)
+        with FakeTensorMode():
+            sizes = {role: self._sizes(net) for role, net in self.networks(stage.held).items()}
+        exchange = self._exchange(sizes, ways, busy, backward)
+        optimiser = self._optimiser_bytes(sizes) / (1e9 * gpu.bandwidth)
+        return StageCost(
+            name=stage.name,
+            steps=stage.steps,
+            flops=mean({n: sum(step.flops.values()) for n, step in enumerate(steps)}) / (accumulated * rows),
+            products_s=products,
+            traffic_s=traffic,
+            launches_s=launches,
+            exchange_s=exchange,
+            optimiser_s=optimiser,
+            step_s=busy + exchange + optimiser,
+            memory=self._memory(sizes, max(step.peak for step in steps)),
+        )
+
+    def largest(self, stage: StageCalls, rows: int) -> int:
+        """The largest microbatch that fits. Activations grow in a straight line with it, measured between two sizes."""
+        room = (1 - RESERVE) * self.accelerator.memory_gib * GIB
+
+        def total(rows_: int) -> int:
+            peak = max(self.dry(calls, stage.held, rows_, rows).peak for _, calls in stage.ways)
+            return self._memory(sizes, peak).total
+
+        with FakeTensorMode():
+            sizes = {role: self._sizes(net) for role, net in self.networks(stage.held).items()}
+        few, many = rows * 8, rows * 16  # where gradients no longer are what is largest
+        each = (total(many) - total(few)) / (many - few)
+        fixed = total(few) - each * few
+        return max(0, math.floor((room - fixed) / each))
+
+    def _sizes(self, net: nn.Module) -> _Sizes:
+        def bytes_of(parameters: Any) -> int:
+            return sum(each.numel() * each.element_size() for each in parameters)
+
+        def shard_of(parameters: Any) -> int:
+            # FSDP2 cuts the first dimension, and gives every GPU as many rows as the one that has most.
+            return sum(
+                math.ceil(each.shape[0] / self.gpus) * each[0].numel() * each.element_size()
+                if each.ndim
+                else each.element_size()
+                for each in parameters
+            )
+
+        parameters = list(net.parameters())
+        trained = [each for each in parameters if each.requires_grad]
+        blocks = [block for module in net.modules() if isinstance(module, nn.ModuleList) for block in module]
+        inside = {id(each) for block in blocks for each in block.parameters()}
+        buffers = bytes_of(net.buffers())
+        return _Sizes(
+            whole=bytes_of(parameters) + buffers,
+            trained=bytes_of(trained),
+            shard=shard_of(parameters) + buffers,
+            trained_shard=shard_of(trained),
+            block=max((bytes_of(block.parameters()) for block in blocks), default=0),
+            root=bytes_of(each for each in parameters if id(each) not in inside),
+        )
+
+    def _memory(self, sizes: Mapping[Role, _Sizes], peak: int) -> Memory:
+        def here(role: Role) -> int:
+            return sizes[role].shard if self.sharded else sizes[role].whole
+
+        own, trained = sizes["student"], self._trained_bytes(sizes)
+        alone = own.trained_shard if self.sharded else own.trained
+        companions = [role for role in sizes if role == "companion"]
+        exchange = 0
+        if self.sharded:
+            # The parameters outside of blocks; of blocks this one, the next one and the buffer that one arrives in;
+            # and, at the way back, a block's whole gradients and the buffer they leave in.
+            exchange = own.root + 3 * own.block + 2 * max(own.block, own.root)
+        elif self.gpus > 1:
+            exchange = trained
+        return Memory(
+            weights=here("student") + sum(map(here, companions)),
+            gradients=trained,
+            moments=2 * trained,
+            averages=len(self.train.ema) * alone,
+            teachers=sum(sizes[role].whole for role in sizes if role in ("teacher", "weak")),
+            held=sum(
+                # A student of the stage before is a plain copy in every process; targets are sharded as the student.
+                sizes[role].whole if role == "previous" else here(role)
+                for role in sizes
+                if role in ("target", "previous")
+            ),
+            exchange=exchange,
+            # Gradients are part of the peak where they stay, and all of them are there at its end.
+            activations=peak if self.sharded else max(0, peak - trained),
+        )
+
+    def _trained_bytes(self, sizes: Mapping[Role, _Sizes]) -> int:
+        """Of all that is trained, on one GPU."""
+        roles: list[Role] = [role for role in sizes if role in ("student", "companion")]
+        return sum(sizes[role].trained_shard if self.sharded else sizes[role].trained for role in roles)
+
+    def _exchange(
+        self,
+        sizes: Mapping[Role, _Sizes],
+        ways: list[tuple[float, tuple[Call, ...], DryStep]],
+        busy: float,
+        backward: float,
+    ) -> float:
+        """Seconds of exchange that the arithmetic does not hide.
+
+        DDP: one ring all-reduce of the gradients, behind the backward pass. FSDP2: a call gathers its network, the
+        backward pass once more, and gradients are reduced and scattered once; behind everything.
+        """
+        if self.gpus == 1:
+            return 0.0
+        assert self.accelerator.link is not None
+        around, link = (self.gpus - 1) / self.gpus, 1e9 * self.accelerator.link
+        trained: list[Role] = [role for role in sizes if role in ("student", "companion")]
+        gradients = sum(sizes[role].trained for role in trained)
+        if not self.sharded:
+            return max(0.0, 2 * around * gradients / link - backward * busy)
+        gathered = 0.0
+        for share, calls, _ in ways:
+            for call in calls:
+                if call.role in ("student", "companion", "target"):
+                    times = 2 if call.kind.endswith("gradient") else 1
+                    gathered += share * times * sizes[call.role].whole
+        gathered *= self.train.gradient_accumulation_steps
+        return max(0.0, around * (gathered + gradients) / link - busy)
+
+    def _optimiser_bytes(self, sizes: Mapping[Role, _Sizes]) -> float:
+        """Bytes that norm, Adam, averages and targets read and write: gradients once for the norm; then weights,
+        gradients and two moments, of which all but the gradients are written; and of each average three."""
+        own = sizes["student"]
+        alone = own.trained_shard if self.sharded else own.trained
+        averages = len(self.train.ema) + sum(role == "target" for role in sizes)
+        return 8 * self._trained_bytes(sizes) + 3 * averages * alone
