@@ -56,10 +56,12 @@ class Interpolant:
     def sample(self, x: Tensor, e: Tensor, t_B: Tensor) -> PathPoint:
         """The state at ``t`` on the path from ``x`` to ``e`` and its conditional velocity."""
         t = expand(t_B, x)
-        return PathPoint(
-            x_t=self.alpha(t) * x + self.sigma(t) * e,
-            v=self.d_alpha(t) * x + self.d_sigma(t) * e,
-        )
+        return PathPoint(x_t=self.state(x, e, t_B), v=self.d_alpha(t) * x + self.d_sigma(t) * e)
+
+    def state(self, x: Tensor, e: Tensor, t_B: Tensor) -> Tensor:
+        """The state at ``t`` alone: ``alpha x + sigma e``."""
+        t = expand(t_B, x)
+        return self.alpha(t) * x + self.sigma(t) * e
 
     def data_from_velocity(self, x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
         """``xhat = (sigma' x_t - sigma v) / (alpha sigma' - alpha' sigma)``."""

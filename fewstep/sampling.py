@@ -2,12 +2,16 @@
 
 ``sample_ode`` integrates a velocity field, ``sample_map`` chains jumps of a flow map, ``sample_renoise`` alternates a
 jump to data with fresh noise (consistency students). Noise for sample ``i`` comes from seed and ``i`` alone.
+
+Nothing is read back from the device of the samples: a grid on the CPU is checked there once, as numbers, and its times
+are filled in where they are needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +22,9 @@ from fewstep.keys import Key
 from fewstep.sources import Source, gaussian
 
 Solver = Literal["euler", "heun", "midpoint"]
+
+Times = Tensor | Sequence[float]
+"""A decreasing grid ``[N + 1]``: numbers, or a tensor of one dimension. One on a GPU costs a synchronisation."""
 
 
 @dataclass(frozen=True)
@@ -63,36 +70,38 @@ SOLVERS: dict[Solver, Callable[..., Step]] = {"euler": euler_step, "heun": heun_
 def sample_ode(
     field: VelocityField,
     noise: Tensor,
-    times: Tensor,
+    times: Times,
     label_B: Condition | None = None,
     solver: Solver = "euler",
 ) -> Samples:
     """Integrate ``dx/dt = v(x, t)`` from ``noise`` at ``times[0]`` along a decreasing grid ``times [N + 1]``."""
-    _check_grid(times)
+    nodes = _checked(times)
     step = SOLVERS[solver]
-    x, calls = noise, 0
-    for t, r in pairwise(times):
-        after = step(field, x, _full(t, x), _full(r, x), label_B)
-        x, calls = after.x, calls + after.calls
+    x, calls, t_B = noise, 0, _full(nodes[0], noise)
+    for r in nodes[1:]:
+        r_B = _full(r, noise)
+        after = step(field, x, t_B, r_B, label_B)
+        x, calls, t_B = after.x, calls + after.calls, r_B
     return Samples(x, calls * field.nfe)
 
 
 @torch.no_grad()
-def sample_map(flow_map: FlowMap, noise: Tensor, times: Tensor, label_B: Condition | None = None) -> Samples:
+def sample_map(flow_map: FlowMap, noise: Tensor, times: Times, label_B: Condition | None = None) -> Samples:
     """Jump ``times[0] -> times[1] -> ...`` with a flow map. A jump outside its domain is a ``ValueError``."""
-    _check_grid(times)
-    _check_domain(flow_map, list(pairwise(times.tolist())))
-    x, calls = noise, 0
-    for t, r in pairwise(times):
-        x, calls = flow_map(x, _full(t, x), _full(r, x), label_B), calls + 1
-    return Samples(x, calls * flow_map.nfe)
+    nodes = _checked(times)
+    jump = _jump(flow_map, pairwise(nodes))
+    x, t_B = noise, _full(nodes[0], noise)
+    for r in nodes[1:]:
+        r_B = _full(r, noise)
+        x, t_B = jump(x, t_B, r_B, label_B), r_B
+    return Samples(x, (len(nodes) - 1) * flow_map.nfe)
 
 
 @torch.no_grad()
 def sample_renoise(
     flow_map: FlowMap,
     noise: Tensor,
-    times: Tensor,
+    times: Times,
     label_B: Condition | None,
     key: Key,
     index_B: Tensor,
@@ -103,17 +112,18 @@ def sample_renoise(
     At each node jump to data, ``xhat = f(x_t, t, 0)``, then go to the next node with fresh noise,
     ``x_r = (1 - r) xhat + r e'``. The noise of sample ``i`` at node ``k`` is keyed by (seed, k, i).
     """
-    _check_grid(times)
-    if times[-1] != 0:
-        raise ValueError(f"a re-noising grid ends at t = 0, got {float(times[-1]):g}")
-    _check_domain(flow_map, [(t, 0.0) for t in times[:-1].tolist()])
-    x, calls = noise, 0
-    for k, (t, r) in enumerate(pairwise(times)):
-        data, calls = flow_map(x, _full(t, x), torch.zeros_like(_full(t, x)), label_B), calls + 1
+    nodes = _checked(times)
+    if nodes[-1] != 0:
+        raise ValueError(f"a re-noising grid ends at t = 0, got {nodes[-1]:g}")
+    jump = _jump(flow_map, [(t, 0.0) for t in nodes[:-1]])
+    x, zero_B, t_B = noise, _full(0.0, noise), _full(nodes[0], noise)
+    for k, r in enumerate(nodes[1:]):
+        data = jump(x, t_B, zero_B, label_B)
         if r == 0:
-            return Samples(data, calls * flow_map.nfe)
+            return Samples(data, (k + 1) * flow_map.nfe)
         fresh = source(Key(key.seed, k), "renoise", index_B, tuple(x.shape[1:])).to(x)
-        x = LINEAR.sample(data, fresh, _full(r, x)).x_t
+        t_B = _full(r, noise)
+        x = LINEAR.state(data, fresh, t_B)
     raise AssertionError("unreachable: the grid ends at 0")
 
 
@@ -123,21 +133,21 @@ ALWAYS: Window = (0.0, 1.0)
 
 
 @torch.no_grad()
-def sample_fixed_noise(field: VelocityField, noise: Tensor, times: Tensor, label_B: Condition | None = None) -> Samples:
+def sample_fixed_noise(field: VelocityField, noise: Tensor, times: Times, label_B: Condition | None = None) -> Samples:
     """``x_s = (1 - s) xhat + s e``, ``xhat = x_t - t v(x_t, t)`` and ``e`` the first noise (Lee et al.
     2405.20320): every step goes back to the line that the sample began on. On a straight flow it is Euler's.
 
     From ``times[0] = 1`` along a decreasing grid ``times [N + 1]``; one call per step.
     """
-    _check_grid(times)
-    if times[0] != 1:
-        raise ValueError(f"a fixed noise is that of t = 1, the grid begins at {float(times[0]):g}")
-    x = noise
-    for t, r in pairwise(times):
-        t_B = _full(t, x)
+    nodes = _checked(times)
+    if nodes[0] != 1:
+        raise ValueError(f"a fixed noise is that of t = 1, the grid begins at {nodes[0]:g}")
+    x, t_B = noise, _full(1.0, noise)
+    for r in nodes[1:]:
         xhat = LINEAR.data_from_velocity(x, field(x, t_B, label_B), t_B)
-        x = LINEAR.sample(xhat, noise, _full(r, x)).x_t
-    return Samples(x, (len(times) - 1) * field.nfe)
+        t_B = _full(r, noise)
+        x = LINEAR.state(xhat, noise, t_B)
+    return Samples(x, (len(nodes) - 1) * field.nfe)
 
 
 class Sampler(Protocol):
@@ -173,10 +183,10 @@ class OdeSampler:
         return _name(self.solver, self.window)
 
     def check(self, steps: int) -> None:
-        uniform_grid(steps)
+        uniform_times(steps)
 
     def __call__(self, steps: int, noise: Tensor, label_B: Condition | None, key: Key, index_B: Tensor) -> Samples:
-        return sample_ode(self.field, noise, uniform_grid(steps), label_B, self.solver)
+        return sample_ode(self.field, noise, uniform_times(steps), label_B, self.solver)
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class MapSampler:
         return _name(self.rule, self.window)
 
     def check(self, steps: int) -> None:
-        uniform_grid(steps)
+        uniform_times(steps)
         if steps not in self.maps and 0 not in self.maps:
             allowed = ", ".join(str(count) for count in sorted(self.maps))
             raise ValueError(f"this student was trained for {allowed} steps, not for {steps}")
@@ -209,7 +219,7 @@ class MapSampler:
         self.check(steps)
         flow_map = self._map(steps)
         nodes = flow_map.domain.grid
-        times = torch.tensor(nodes, dtype=torch.float32) if nodes else uniform_grid(steps)
+        times = _rounded(nodes) if nodes else uniform_times(steps)
         if self.rule == "renoise":
             return sample_renoise(flow_map, noise, times, label_B, key, index_B, self.source)
         return sample_map(flow_map, noise, times, label_B)
@@ -255,7 +265,7 @@ class FieldSampler:
 
     def serving(self, steps: int) -> ServedField:
         """The field for a number of steps; ``ValueError`` if there is none."""
-        uniform_grid(steps)
+        uniform_times(steps)
         found = [each for each in self.fields if each.serves(steps)]
         if not found:
             allowed = ", ".join(each.says() for each in sorted(self.fields, key=lambda each: each.steps))
@@ -266,7 +276,7 @@ class FieldSampler:
         self.serving(steps)
 
     def __call__(self, steps: int, noise: Tensor, label_B: Condition | None, key: Key, index_B: Tensor) -> Samples:
-        served, times = self.serving(steps), uniform_grid(steps)
+        served, times = self.serving(steps), uniform_times(steps)
         rule = "euler" if served.steps else self.rule
         if rule == "fixed_noise":
             return sample_fixed_noise(served.field, noise, times, label_B)
@@ -282,17 +292,41 @@ def _difference(r_B: Tensor, t_B: Tensor, x: Tensor) -> Tensor:
     return (r_B - t_B).reshape(-1, *([1] * (x.ndim - 1)))
 
 
-def _full(t: Tensor, x: Tensor) -> Tensor:
-    """A scalar time as ``[B]``, in float32 or better whatever the precision of ``x``."""
-    dtype = torch.promote_types(torch.float32, x.dtype)
-    return torch.full((len(x),), float(t), dtype=dtype, device=x.device)
+def _full(t: float, x: Tensor) -> Tensor:
+    """A time as ``[B]``, in float32 or better whatever the precision of ``x``."""
+    return torch.full((len(x),), t, dtype=torch.promote_types(torch.float32, x.dtype), device=x.device)
 
 
-def _check_grid(times: Tensor) -> None:
-    if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
-        raise ValueError(f"a time grid is 1-D and strictly decreasing with at least two nodes, got {times.tolist()}")
+@lru_cache(maxsize=64)
+def uniform_times(steps: int) -> tuple[float, ...]:
+    """The nodes of ``uniform_grid(steps)`` as the numbers that float32 makes of them."""
+    return tuple(uniform_grid(steps).tolist())
 
 
-def _check_domain(flow_map: FlowMap, jumps: list[tuple[float, float]]) -> None:
+@lru_cache(maxsize=64)
+def _rounded(nodes: tuple[float, ...]) -> tuple[float, ...]:
+    """To float32, which the times of a uniform grid have too."""
+    return tuple(torch.tensor(nodes, dtype=torch.float32).tolist())
+
+
+def _checked(times: Times) -> Sequence[float]:
+    nodes = times.tolist() if isinstance(times, Tensor) else times
+    flat = not isinstance(times, Tensor) or times.ndim == 1
+    if not flat or len(nodes) < 2 or not all(r < t for t, r in pairwise(nodes)):
+        raise ValueError(f"a time grid is 1-D and strictly decreasing with at least two nodes, got {nodes}")
+    return nodes
+
+
+@runtime_checkable
+class _Unchecked(Protocol):
+    """A flow map that also jumps without asking whether the times of this one batch are in its domain."""
+
+    def jump(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor: ...
+
+
+def _jump(flow_map: FlowMap, jumps: Iterable[tuple[float, float]]) -> Callable[..., Tensor]:
+    """The map, after all its jumps were found in its domain. Where it can it does not check them again: that would
+    read the times of every call back from the device."""
     for t, r in jumps:
         flow_map.domain.check(t, r)
+    return flow_map.jump if isinstance(flow_map, _Unchecked) else flow_map

@@ -32,8 +32,8 @@ class GuidanceInput:
 
     def batch(self, t_B: Tensor) -> Tensor:
         """``[B, 3]``, the same for every sample, in the precision of its times."""
-        numbers = torch.tensor((self.scale, self.low, self.high), dtype=t_B.dtype, device=t_B.device)
-        return numbers.expand(len(t_B), 3)
+        # Filled on the device, as ``unguided`` is: nothing is waited for.
+        return torch.stack([torch.full_like(t_B, number) for number in (self.scale, self.low, self.high)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class AverageVelocityMap:
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         check_jumps(self.domain, t_B, r_B)
+        return self.jump(x, t_B, r_B, label_B)
+
+    def jump(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
+        """The same, of times that are known to be in the domain: nothing is read back from the device."""
         return x - expand(t_B - r_B, x) * _evaluate(self.net, x, t_B, r_B, label_B, _batch(self.guidance, t_B))
 
 
@@ -70,6 +74,10 @@ class ConsistencyMap:
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         check_jumps(self.domain, t_B, r_B)
+        return self.jump(x, t_B, r_B, label_B)
+
+    def jump(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
+        """The same, of times that are known to be in the domain: nothing is read back from the device."""
         # t = r is the identity; elsewhere the domain has made sure that r = 0.
         return x - expand(t_B - r_B, x) * consistency_velocity(self.net, x, t_B, label_B, _batch(self.guidance, t_B))
 
