@@ -74,7 +74,7 @@ SEPARATE = {
 HEAVY = {"torch", "numpy", "matplotlib", "accelerate", "safetensors", "torchvision", "torchmetrics", "cleanfid", "PIL"}
 OPTIONAL = {
     *("torchvision", "torchmetrics", "cleanfid", "tensorboard", "wandb", "pyarrow", "diffusers", "peft"),
-    *("transformers", "prdc", "torch_fidelity", "sklearn", "threadpoolctl"),
+    *("transformers", "prdc", "torch_fidelity", "sklearn", "threadpoolctl", "torchdiffeq", "tqdm"),
 }
 
 
@@ -165,6 +165,7 @@ LIGHT = [
         "fewstep.commands.bench.network",
         "fewstep.commands.bench.objectives",
         "fewstep.commands.bench.plan",
+        "fewstep.commands.bench.sample",
         "fewstep.commands.bench.shared",
         "fewstep.commands.bench.train",
         "fewstep.commands.compare",
