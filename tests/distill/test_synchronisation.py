@@ -162,7 +162,11 @@ def test_no_objective_waits_for_the_device(name: str) -> None:
     assert waits(step) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"flip": True}, {"flip": True, "mirrored": torch.empty(64, 1, 8, 8)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"flip": True}, {"flip": True, "mirrored": torch.empty(64, 1, 8, 8)}],
+    ids=["as they are", "mirrored", "mirrored beforehand"],
+)
 def test_no_batch_of_resident_data_waits_for_the_device(changes: dict[str, Any]) -> None:
     """Rows are drawn, taken, mirrored and decoded there; the third step begins an epoch."""
     if "mirrored" in changes:
