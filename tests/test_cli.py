@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, cli, contents, process_environment, refuse, succeed
+from forked import Forked, started
 from safetensors.torch import load_file
 
 from fewstep.config import comparison_names, recipe_names
@@ -367,36 +368,24 @@ def test_results_of_different_protocols_are_not_merged(evaluated: Path, tmp_path
 # On a terminal and elsewhere -----------------------------------------------------------------------------------------
 
 
-def start(arguments: tuple[object, ...], cwd: Path, stderr: int, **environment: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fewstep.cli", *map(str, arguments)],
-        cwd=cwd,
-        env=process_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-    )
-
-
-def start_on_a_terminal(
-    arguments: tuple[object, ...], cwd: Path, **environment: str
-) -> tuple[subprocess.Popen[bytes], int]:
+def start_on_a_terminal(arguments: tuple[object, ...], cwd: Path, **environment: str) -> tuple[Forked, int]:
     """``fewstep ARGUMENTS`` with a terminal of 100 columns as stderr, and where to read what it shows."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    process = start(arguments, cwd, theirs, TERM="xterm-256color", **environment)
+    process = started(*arguments, cwd=cwd, stderr=theirs, TERM="xterm-256color", **environment)
     os.close(theirs)
     return process, ours
 
 
-def shown_by(process: subprocess.Popen[bytes], terminal: int) -> str:
+def shown_by(process: Forked, terminal: int) -> str:
     """Everything the process writes to its terminal until it ends well, with an empty stdout."""
     shown = b""
     with contextlib.suppress(OSError):  # the other end is closed
         while part := os.read(terminal, 65536):
             shown += part
     os.close(terminal)
-    out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, b""), shown
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (0, ""), shown
     return shown.decode()
 
 
@@ -408,7 +397,7 @@ def test_a_progress_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path) -> Non
     command = ("teach", "digits-teacher", *SMALL, "train.steps=30", "--out")
     terminal = start_on_a_terminal((*command, "a"), tmp_path)
     colourless = start_on_a_terminal((*command, "b"), tmp_path, NO_COLOR="1")
-    pipe = start((*command, "c"), tmp_path, subprocess.PIPE)
+    pipe = started(*command, "c", cwd=tmp_path)
 
     shown = shown_by(*terminal)
     assert "━" in shown
@@ -420,7 +409,7 @@ def test_a_progress_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path) -> Non
     assert "30/30" in plain
     assert not COLOUR.search(plain)
 
-    out, err = (content.decode() for content in pipe.communicate(timeout=60))
+    out, err = pipe.communicate()
     assert (pipe.returncode, out) == (0, "")
     assert "\x1b" not in err
     assert "\r" not in err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, cli, contents, refuse, shell, student
+from forked import finished
 
 Copy = Callable[[str], Path]
 
@@ -542,10 +543,10 @@ def test_a_wrong_option_is_exit_code_2(
 
 @pytest.mark.slow
 def test_a_mistake_has_no_traceback_in_a_process_of_its_own(trained: Path, tmp_path: Path) -> None:
-    out = shell("distill", "digits-meanflow", "train.stps=1", "--json", cwd=tmp_path)
+    out = finished("distill", "digits-meanflow", "train.stps=1", "--json", cwd=tmp_path)
     assert (out.returncode, out.stdout) == (2, "")
     assert out.stderr == "error: digits-meanflow: train.stps: unknown key; did you mean 'steps'?\n"
-    out = shell("sample", trained / "progressive", "--steps", 3, "--json", cwd=tmp_path)
+    out = finished("sample", trained / "progressive", "--steps", 3, "--json", cwd=tmp_path)
     assert (out.returncode, out.stdout) == (2, "")
     assert out.stderr.count("\n") == 1
     assert "not for 3" in out.stderr

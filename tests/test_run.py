@@ -5,8 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, cli, contents, process_environment, refuse, student, succeed
+from conftest import SMALL, cli, contents, refuse, student, succeed
+from forked import started
 
 from fewstep.checkpoint import RunDirectory, checkpoints, read_checkpoint
 from fewstep.config import RunConfig, load_config
@@ -465,13 +464,7 @@ def test_a_signal_to_the_process(
 ) -> None:
     run = tmp_path / "run"
     command = ("distill", METHODS[method][0], *student(trained / "teacher"), *overrides)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fewstep.cli", *command, "--out", str(run)],
-        env=process_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(*command, "--out", run)
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 90
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < after:
         assert process.poll() is None, process.communicate()

@@ -30,7 +30,7 @@ from fewstep.keys import Key
 from fewstep.sources import laplace
 from fewstep.times import logit_normal
 
-STEPS = 10
+STEPS = 6
 
 
 def teaching() -> Objective:

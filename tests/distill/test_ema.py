@@ -5,9 +5,6 @@ processes it finds itself one of, and the first writes them to FILE.
 """
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as distributed
+from forked import together
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -320,20 +318,14 @@ def test_every_average_is_updated_after_every_step() -> None:
 def test_sharded_averages_are_the_unsharded(tmp_path: Path) -> None:
     """Two processes under FSDP2 and gloo, restart included."""
     file = tmp_path / "averages.safetensors"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launcher, __file__, str(file)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(2, sharded, file)
     found, wanted = load_file(file), tracked(odd())
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
 
 
-def main(file: Path) -> None:
-    torch.set_num_threads(1)
+def sharded(file: Path) -> None:
     distributed.init_process_group("gloo")
     assert distributed.get_world_size() == 2
     net = odd()
@@ -343,10 +335,6 @@ def main(file: Path) -> None:
     if distributed.get_rank() == 0:
         save_file({name: value.contiguous() for name, value in states.items()}, file)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
 
 
 def test_what_is_not_trained_is_neither_averaged_nor_copied() -> None:

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, contents, process_environment, refuse, student, succeed
+from conftest import SMALL, contents, refuse, student, succeed
 from family import LINE
+from forked import fewstep, started, together
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +26,6 @@ from fewstep.distill.reflow.pairs import Share, load_pairs, make_pairs, request_
 from fewstep.errors import FewstepError, UsageError
 from fewstep.files import digest
 from fewstep.keys import Key
-from fewstep.launch import launch_command
 from fewstep.sources import gaussian
 from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.load import Teacher, load_teacher
@@ -188,19 +185,15 @@ def test_killed_and_resumed_gives_the_same_bytes(trained: Path, tmp_path: Path) 
     """SIGKILL while it solves: one shard of ten rows at a time, 60 of them."""
     own = ("data", "pairs", trained / "teacher", "--n", 600, "--shard-size", 10, "--steps", 16)
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fewstep.cli", *map(str, own), "--out", str(folder)],
-        env=process_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = started(*own, "--out", folder)
     deadline = time.monotonic() + 90
     while not (folder / "shard-00002.safetensors").exists():
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (folder / META).exists()
     refuse("distill", "digits-reflow", *pairs_for(trained, folder), "--out", tmp_path / "run", says=("not finished",))
     succeed(*own, "--out", folder, "--resume")
@@ -210,16 +203,7 @@ def test_killed_and_resumed_gives_the_same_bytes(trained: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(trained: Path, tmp_path: Path) -> None:
-    arguments = [str(each) for each in command(trained, tmp_path / "two")]
-    done = subprocess.run(
-        launch_command(2, arguments),
-        env=process_environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(2, fewstep, *(str(each) for each in command(trained, tmp_path / "two")))
     succeed(*command(trained, tmp_path / "one"))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 

@@ -3,15 +3,13 @@
 The processes run ``ranks.py`` once for the whole file.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 import ranks
 import tiny
 import torch
+from forked import together
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,12 +23,7 @@ PARALLEL = pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What two processes found."""
     file = tmp_path_factory.mktemp("ranks") / "found.safetensors"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launcher, str(Path(ranks.__file__)), str(file)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(2, ranks.main, file)
     found = load_file(file)
     assert int(found["world"]) == 2
     return found
@@ -46,12 +39,22 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
+@functools.cache
+def gradients_of_one(name: str) -> dict[str, Tensor]:
+    return ranks.gradients(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+
+
+@functools.cache
+def trained_by_one(name: str) -> dict[str, Tensor]:
+    return ranks.trained(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+
+
 @PARALLEL
 @pytest.mark.parametrize("name", ranks.OBJECTIVES)
 def test_gradients_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
     """To 1e-6 relative to the whole gradient; of the network's Jacobian-vector product for MeanFlow. Measured: below
     2e-7."""
-    one = ranks.gradients(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+    one = gradients_of_one(name)
     found = of(two, f"gradients {name} {parallel}")
     assert found.keys() == one.keys()
     assert len(one) > 10
@@ -61,9 +64,9 @@ def test_gradients_are_those_of_one_process(name: str, parallel: str, two: dict[
 
 @PARALLEL
 @pytest.mark.parametrize("name", ranks.OBJECTIVES)
-def test_ten_steps_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
+def test_steps_are_those_of_one_process(name: str, parallel: str, two: dict[str, Tensor]) -> None:
     """Losses to 1e-5; weights, averages, moments and target networks as near as Adam leaves them."""
-    one = ranks.trained(ranks.OBJECTIVES[name](), ranks.settings(), make_accelerator())
+    one = dict(trained_by_one(name))
     found = of(two, f"trained {name} {parallel}")
     assert found.keys() == one.keys()
     losses, wanted = found.pop("losses"), one.pop("losses")
