@@ -239,6 +239,9 @@ def sample(
     window: WindowOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Changes the speed, not the samples.")] = 256,
     out: Annotated[Path | None, typer.Option("--out", help="Folder (default: RUN/samples).")] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Replay batches as a CUDA graph: the same samples, faster in small batches.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw samples from a run: a picture and a safetensors file.
@@ -257,7 +260,14 @@ def sample(
         if out is not None:
             check_folder(folder)
         sampled = sample_run(
-            run, steps=steps, n=n, seed=seed, batch_size=batch_size, solver=_name(solver), guidance=chosen
+            run,
+            steps=steps,
+            n=n,
+            seed=seed,
+            batch_size=batch_size,
+            solver=_name(solver),
+            guidance=chosen,
+            graph=graph,
         )
         stem = "-".join([*([solver] if solver else []), *_said(chosen), f"steps-{steps:02d}-seed-{seed}"])
         x = to_uint8(sampled.x) if sampled.data.kind == "image" else sampled.x

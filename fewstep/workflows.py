@@ -49,8 +49,9 @@ from fewstep.evaluation.results import Model, Report
 from fewstep.evaluation.share import Share as EvaluationShare
 from fewstep.evaluation.sweep import Candidate, Seen, draw, sweep, sweep_images, unseen
 from fewstep.files import check_folder, digest, read_json, write_atomic, write_json
+from fewstep.graphs import GraphSampler
 from fewstep.launch import launched
-from fewstep.sampling import FieldSampler, OdeSampler, Solver
+from fewstep.sampling import FieldSampler, MapSampler, OdeSampler, Solver
 from fewstep.sources import SOURCES
 from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes_guidance, with_guidance
 from fewstep.students.maps import GuidanceInput
@@ -92,9 +93,11 @@ def sample_run(
     batch_size: int,
     solver: Solver | None = None,
     guidance: GuidanceInput | None = None,
+    graph: bool = False,
 ) -> SampledRun:
     """Samples ``0 .. n - 1`` of a seed from a finished run. ``solver`` is for teachers; a student has its own rule.
-    ``guidance`` is for teachers with classes and for students that take it as an input.
+    ``guidance`` is for teachers with classes and for students that take it as an input. With ``graph`` batches after
+    the first are replays of a CUDA graph: the same samples.
 
     The model says what its samples are like: the data it was trained on need not be there.
     """
@@ -107,7 +110,11 @@ def sample_run(
         model = with_guidance(model, guidance)
     _check_steps(model, (steps,))
     data = _like_its_data(model.card, config)
-    drawn = draw(model.sampler, steps, data, n=n, batch_size=batch_size, seed=seed, device=device)
+    sampler = model.sampler
+    if graph:
+        assert isinstance(sampler, OdeSampler | MapSampler | FieldSampler)
+        sampler = GraphSampler(sampler)
+    drawn = draw(sampler, steps, data, n=n, batch_size=batch_size, seed=seed, device=device)
     return SampledRun(model, data, drawn.x, drawn.label, drawn.nfe)
 
 

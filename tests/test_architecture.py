@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "launch",
         "console",
     ),
-    ("networks", "data", "sampling", "evaluation.config", "networks.config", "networks.foreign.config"),
+    ("networks", "data", "sampling", "graphs", "evaluation.config", "networks.config", "networks.foreign.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.times_config"),
     (
         "distill.config",

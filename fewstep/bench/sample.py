@@ -23,6 +23,7 @@ from fewstep.bench.measure import (
     where,
 )
 from fewstep.bench.sample_peers import peer_ways
+from fewstep.bench.sample_variants import variant_ways
 from fewstep.bench.sample_ways import Inputs, Net, Sampling, Way, bare_calls, own_ways, returning_at_once
 from fewstep.bench.train import fitting_batch_size
 from fewstep.errors import FewstepError, UsageError, nearest
@@ -100,12 +101,16 @@ def bench_sampling(
     repeats: int = 30,
     device: torch.device,
     threads: int = 0,
+    compile: bool = False,
+    precision: str = "fp32",
+    channels_last: bool = False,
     report: Reported = unreported,
 ) -> SampleBench:
     """Measure every way of sampling with the network of that name, at two batch sizes.
 
     ``repeats`` times every way has its turn, each time beside bare calls of the network, first one ahead and then the
-    other. Before that every way has to draw the samples it should: a ``FewstepError`` if it does not.
+    other. Before that every way has to draw the samples it should: a ``FewstepError`` if it does not. ``compile``,
+    ``precision="bf16"`` and ``channels_last`` add jumps with such a network, beside bare calls of the plain one.
     """
     if size not in SIZES:
         raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
@@ -121,8 +126,9 @@ def bench_sampling(
         for place, batch_size in enumerate(sizes):
             inputs = _inputs(shape, classes, steps, batch_size, device)
             peers, missing = peer_ways(inputs)
+            faster, notes = variant_ways(net, inputs, compile=compile, precision=precision, channels_last=channels_last)
             seen = functools.partial(_report_from, report, place * repeats, len(sizes) * repeats)
-            batches.append(_measured(net, inputs, [*own_ways(inputs), *peers], repeats, device, seen))
+            batches.append(_measured(net, inputs, [*own_ways(inputs), *faster, *peers], repeats, device, seen))
         return SampleBench(
             network=size,
             params=parameter_count(net),
@@ -132,7 +138,7 @@ def bench_sampling(
             repeats=repeats,
             device=device_name(device),
             threads=torch.get_num_threads(),
-            missing=tuple(missing),
+            missing=(*missing, *notes),
             batches=tuple(batches),
         )
 
@@ -173,14 +179,15 @@ def _measured(
     nothing = returning_at_once(inputs)
     works = {way.name: way.build(net) for way in ways}
     bare = {way.name: bare_calls(net, inputs, way.calls, doubled=way.doubled) for way in ways}
-    alone = {way.name: way.build(nothing) for way in ways}
+    alone = {way.name: way.build(nothing) for way in ways if way.alone}
     pairs: dict[str, list[tuple[Time, Time]]] = {way.name: [] for way in ways}
     own: dict[str, list[float]] = {way.name: [] for way in ways}
     for round_ in range(repeats):
         first = round_ % len(ways)
         for way in [*ways[first:], *ways[:first]]:
             pairs[way.name].append(_pair(bare[way.name], works[way.name], round_ % 2 == 0, device))
-            own[way.name].append(_alone(alone[way.name], device) / way.calls)
+            if way.alone:
+                own[way.name].append(_alone(alone[way.name], device) / way.calls)
         report(round_ + 1)
     costs = [
         WayCost(
@@ -191,7 +198,7 @@ def _measured(
             ms=spread([time.wall for _, time in pairs[way.name]]),
             overhead=spread([100 * (time.wall / beside.wall - 1) for beside, time in pairs[way.name]]),
             cpu_overhead=spread([100 * (time.cpu / beside.cpu - 1) for beside, time in pairs[way.name]]),
-            own_us=statistics.median(own[way.name]),
+            own_us=statistics.median(own[way.name]) if way.alone else None,
             like=way.like,
             difference=differences.get(way.name),
             tolerance=way.tolerance if way.like else None,
@@ -243,7 +250,7 @@ def sample_tables(bench: SampleBench) -> list[Table]:
     for batch in bench.batches:
         call = batch.call_ms
         title = f"batch {batch.batch_size}: a bare call takes {call.median:.2f} ms ({call.low:.2f} to {call.high:.2f})"
-        caption = f"not installed: {', '.join(bench.missing)}" if bench.missing else None
+        caption = f"not here: {'; '.join(bench.missing)}" if bench.missing else None
         table = Table(title=title, caption=caption)
         for head in (
             "",

@@ -56,7 +56,7 @@ class Way:
     twice as large where ``doubled``.
 
     It has to draw the samples of the way named ``like``, within ``tolerance`` of their largest coordinate. ``gated``
-    ways are those whose overhead a gate compares.
+    ways are those whose overhead a gate compares; ways that are not ``alone`` have a network of their own.
     """
 
     name: str
@@ -67,29 +67,30 @@ class Way:
     tolerance: float = 1e-5
     gated: bool = False
     doubled: bool = False
+    alone: bool = True
 
 
 def own_ways(inputs: Inputs) -> list[Way]:
     """Loops by hand, then fewstep's samplers."""
     steps = inputs.steps
 
-    def sampled(sampler: Callable[[Net], Sampler]) -> Callable[[Net], Sampling]:
-        return lambda net: functools.partial(_sampled, sampler(net), inputs)
+    def by(sampler: Callable[[Net], Sampler]) -> Callable[[Net], Sampling]:
+        return lambda net: functools.partial(sampled, sampler(net), inputs)
 
     way = functools.partial(Way, of="fewstep", calls=steps)
     ways = [
         Way("jumps by hand", "torch", lambda net: functools.partial(_jumps_by_hand, net, inputs), steps),
         Way("Euler by hand", "torch", lambda net: functools.partial(_euler_by_hand, net, inputs), steps),
-        way(JUMPS, build=sampled(_jumps), like="jumps by hand", gated=True),
-        way(EULER, build=sampled(_ode), like="Euler by hand", gated=True),
-        way("renoise", build=sampled(_renoise), gated=True),
+        way(JUMPS, build=by(jump_sampler), like="jumps by hand", gated=True),
+        way(EULER, build=by(_ode), like="Euler by hand", gated=True),
+        way("renoise", build=by(_renoise), gated=True),
         way("renoise, torch.randn", build=lambda net: functools.partial(_renoised_in_sequence, net, inputs)),
-        way("Heun", build=sampled(lambda net: OdeSampler(NetworkField(net), "heun")), calls=2 * steps),
-        way("midpoint", build=sampled(lambda net: OdeSampler(NetworkField(net), "midpoint")), calls=2 * steps),
-        way("jumps, with their noise", build=lambda net: functools.partial(_drawn, _jumps(net), inputs)),
+        way("Heun", build=by(lambda net: OdeSampler(NetworkField(net), "heun")), calls=2 * steps),
+        way("midpoint", build=by(lambda net: OdeSampler(NetworkField(net), "midpoint")), calls=2 * steps),
+        way("jumps, with their noise", build=lambda net: functools.partial(_drawn, jump_sampler(net), inputs)),
     ]
     if inputs.label is not None:
-        ways.append(way("Euler, guided", build=sampled(functools.partial(_guided, inputs.classes)), doubled=True))
+        ways.append(way("Euler, guided", build=by(functools.partial(_guided, inputs.classes)), doubled=True))
     return ways
 
 
@@ -121,7 +122,7 @@ def returning_at_once(inputs: Inputs) -> Net:
     return net
 
 
-def _jumps(net: Net) -> Sampler:
+def jump_sampler(net: Net) -> MapSampler:
     return MapSampler({0: AverageVelocityMap(net)}, "jumps")
 
 
@@ -138,7 +139,8 @@ def _guided(classes: int, net: Net) -> Sampler:
     return OdeSampler(GuidedField(ClassContrast(NetworkField(net), classes), GUIDANCE))
 
 
-def _sampled(sampler: Sampler, inputs: Inputs) -> Tensor:
+def sampled(sampler: Sampler, inputs: Inputs) -> Tensor:
+    """One call of a sampler."""
     return sampler(inputs.steps, inputs.noise, inputs.label, Key(0), inputs.index).x
 
 
@@ -156,7 +158,7 @@ def _renoised_in_sequence(net: Net, inputs: Inputs) -> Tensor:
     def source(key: Key, purpose: str, index_B: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(len(index_B), *shape, generator=generator, device=index_B.device)
 
-    return _sampled(replace(_renoise(net), source=source), inputs)
+    return sampled(replace(_renoise(net), source=source), inputs)
 
 
 @torch.no_grad()

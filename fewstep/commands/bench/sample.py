@@ -1,6 +1,7 @@
 """`fewstep bench sample`: what samplers cost beside bare calls of the network."""
 
 import math
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -9,6 +10,11 @@ from fewstep.commands.bench.shared import Ledger, Threads, check_ledger, keep, s
 from fewstep.commands.shared import AsJson, user_errors
 from fewstep.console import meter, say, stderr
 from fewstep.errors import GateFailed, UsageError
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def bench_sample(
@@ -21,6 +27,13 @@ def bench_sample(
     ] = 5.0,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs of every way and bare calls.")] = 30,
     threads: Threads = 0,
+    compile: Annotated[bool, typer.Option("--compile", help="Jumps with a compiled network, too.")] = False,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="bf16: jumps with a network in bfloat16, too.")
+    ] = Precision.fp32,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Jumps with a network of convolutions in that layout, too.")
+    ] = False,
     ledger: Ledger = None,
     max_overhead: Annotated[
         float | None,
@@ -54,6 +67,9 @@ def bench_sample(
                 repeats=repeats,
                 device=default_device(),
                 threads=threads,
+                compile=compile,
+                precision=precision.value,
+                channels_last=channels_last,
                 report=lambda done, total: shown.update(done, total, "rounds"),
             )
         say(sample_title(bench))
