@@ -10,9 +10,9 @@ import functools
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -34,13 +34,13 @@ from fewstep.bench.measure import (
 from fewstep.bench.memory import peak_bytes
 from fewstep.bench.textbook import Textbook, step_difference
 from fewstep.bench.train import bare_training
-from fewstep.block import Block
+from fewstep.bench.variants import REFERENCE, TEXTBOOK, Variant, chosen_variants, variants
 from fewstep.checkpoint import RunDirectory
 from fewstep.config import TRAINS, RunConfig, check_config
 from fewstep.data.dataset import Batch, BatchSource, Dataset
 from fewstep.data.prepare import write_shards
 from fewstep.data.stream import stream_of
-from fewstep.distill.config import ObjectiveConfig
+from fewstep.distill.compiled import compile_objective
 from fewstep.distill.flow_maps.config import MeanFlowConfig
 from fewstep.distill.objective import Objective
 from fewstep.distill.run import check_training, run_training
@@ -49,8 +49,6 @@ from fewstep.keys import Key
 from fewstep.networks.build import parameter_count
 from fewstep.networks.config import SIZES
 
-REFERENCE = "flow_matching"
-TEXTBOOK = "meanflow-textbook"
 WARM_UP_STEPS = 2
 CHECKED_ROWS = 16
 
@@ -60,7 +58,8 @@ class ObjectiveCost:
     """One objective. Times are milliseconds of a step: forward and backward pass of the objective, and AdamW.
 
     Ratios are to flow matching's step of the same round, by the clock and by processor time, which other work on the
-    machine hardly moves. ``memory_mb`` is the most that a step holds beyond what is there between steps (weights, the
+    machine hardly moves; ``textbook_ratio`` and its like are to the textbook's MeanFlow step (None: not measured).
+    ``memory_mb`` is the most that a step holds beyond what is there between steps (weights, the
     optimiser's state, teachers, targets): as torch's allocator counts, without what libraries take for themselves.
     """
 
@@ -70,6 +69,8 @@ class ObjectiveCost:
     cpu_ms: Spread
     ratio: Spread
     cpu_ratio: Spread
+    textbook_ratio: Spread | None
+    textbook_cpu_ratio: Spread | None
     memory_mb: float
     memory_ratio: float
 
@@ -101,53 +102,12 @@ class ObjectivesBench:
         """What a gate compares: processor time, or time by the clock where the processor only waits for a GPU."""
         return (cost.cpu_ratio if self.device == "cpu" else cost.ratio).median
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of the table: a kind of objective and what is set in its block."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-LATE: dict[str, dict[str, Any]] = {"modular_meanflow": {"end": 0.0}, "alpha_flow": {"alpha": 0.5}}
-"""Methods that change over a training are measured as they are later on, not in their cheaper first steps."""
-
-
-def variants() -> dict[str, Variant]:
-    """Every objective there is, by name: from the data where it can learn from them (``-teacher``: from a teacher's
-    velocity), with forward mode where it needs a derivative (``-finite-difference``: with differences)."""
-    found = [Variant(REFERENCE, REFERENCE)]
-    for kind, block in sorted(_blocks().items()):
-        if kind == REFERENCE:
-            continue
-        velocity = block.model_fields.get("velocity")
-        takes_data = velocity is not None and "data" in get_args(velocity.annotation)
-        from_data = {**({"velocity": "data"} if takes_data else {}), **LATE.get(kind, {})}
-        found.append(Variant(kind, kind, from_data))
-        if "jvp" in block.model_fields:
-            found.append(Variant(f"{kind}-finite-difference", kind, {**from_data, "jvp": "finite_difference"}))
-            if "one_sided" in get_args(block.model_fields["jvp"].annotation):
-                found.append(Variant(f"{kind}-one-sided", kind, {**from_data, "jvp": "one_sided"}))
-        if takes_data:
-            found.append(Variant(f"{kind}-teacher", kind, {**from_data, "velocity": "teacher"}))
-        if kind == "meanflow":
-            found.append(Variant(TEXTBOOK, kind, from_data))
-    return {variant.name: variant for variant in found}
-
-
-def chosen_variants(names: Sequence[str]) -> list[Variant]:
-    """Those of the named kinds or lines, flow matching always among them; all where none is named."""
-    known = variants()
-    for name in names:
-        if name not in known:
-            raise UsageError(f"no objective '{name}'; {nearest(name, known)}")
-    return [
-        variant
-        for variant in known.values()
-        if not names or variant.name == REFERENCE or variant.name in names or variant.kind in names
-    ]
+    def textbook(self, name: str) -> Spread | None:
+        """The same of the named objective, to the textbook's step; None where either was not measured."""
+        for cost in self.objectives:
+            if cost.name == name:
+                return cost.textbook_cpu_ratio if self.device == "cpu" else cost.textbook_ratio
+        return None
 
 
 def bench_objectives(
@@ -160,13 +120,15 @@ def bench_objectives(
     repeats: int,
     device: torch.device,
     threads: int = 0,
+    compiled: bool = False,
     report: Reported = unreported,
 ) -> ObjectivesBench:
     """Measure a training step of the named objectives, or of all.
 
     In every round each takes one step on the same batch, and every round starts with another one, so that whatever else
     the machine does meets all of them. The teacher is one of the same size that has taken one step: what it says does
-    not matter here. ``FewstepError`` if the textbook's MeanFlow step is not ours.
+    not matter here. With ``compiled`` every objective but the textbook's has a second line, as ``train.compile`` trains
+    it. ``FewstepError`` if the textbook's MeanFlow step is not ours, or a compiled one not the eager one.
     """
     chosen = chosen_variants(names)
     if size not in SIZES:
@@ -177,24 +139,22 @@ def bench_objectives(
         with tempfile.TemporaryDirectory() as folder:
             workshop = _Workshop(Path(folder), size, shape, classes, batch_size, device)
             error = _textbook_error(workshop) if any(each.name == TEXTBOOK for each in chosen) else None
-            objectives = {variant.name: workshop.objective(variant).to(device) for variant in chosen}
             source, pairs = (workshop.source(pairs=pairs) for pairs in (False, True))
-            steps = {
-                name: bare_training(
-                    objective,
-                    (pairs if variants()[name].kind == "reflow" else source).batch,
-                    workshop.config(variants()[name]).train,
-                    seed=0,
-                )
-                for name, objective in objectives.items()
-            }
+            lines = [replace(each, compiled=two) for each in chosen for two in each.ways(compiled)]
+            objectives, steps = {}, {}
+            for line in lines:
+                batches = pairs if line.kind == "reflow" else source
+                objectives[line.label] = objective = workshop.objective(line).to(device)
+                if line.compiled:
+                    compile_objective(objective, batches.batch(0))
+                steps[line.label] = bare_training(objective, batches.batch, workshop.config(line).train, seed=0)
             for each in steps.values():
                 for _ in range(WARM_UP_STEPS):
                     next(each)
             memory = {name: peak_bytes(each, device) for name, each in steps.items()}
             works = {name: functools.partial(next, each) for name, each in steps.items()}
             taken = in_turns(works, repeats, device, report)
-        costs = [_cost(variant, taken[variant.name], taken[REFERENCE], memory) for variant in chosen]
+        costs = [_cost(line, taken, memory) for line in lines]
         return ObjectivesBench(
             size=size,
             params=parameter_count(objectives[REFERENCE].student),
@@ -221,13 +181,17 @@ def objectives_table(bench: ObjectivesBench) -> Table:
     if bench.textbook_error is not None:
         caption = f"{TEXTBOOK}: loss and gradient are ours within {bench.textbook_error:.0e} (relative, float64)"
     table = Table(caption=caption)
-    for head in ("", "processor time", "quartiles", "wall time", "quartiles", "step ms", "peak MB", "memory"):
+    textbook = bench.textbook(TEXTBOOK) is not None
+    heads = ["", "processor time", "quartiles", "wall time", "quartiles", "step ms", "peak MB", "memory"]
+    for head in [*heads, *(["of the textbook's", "quartiles"] if textbook else [])]:
         table.add_column(head, justify="left" if head == "" else "right")
     for cost in bench.objectives:
         cells = []
         for found in (cost.cpu_ratio, cost.ratio):
             cells += [f"{found.median:.3f}", f"{found.low:.3f} to {found.high:.3f}"]
         cells += [f"{cost.step_ms.median:.1f}", f"{cost.memory_mb:.1f}", f"{cost.memory_ratio:.3f}"]
+        if printed := bench.textbook(cost.name):
+            cells += [f"{printed.median:.3f}", f"{printed.low:.3f} to {printed.high:.3f}"]
         table.add_row(cost.name, *cells)
     return table
 
@@ -312,21 +276,19 @@ def _textbook_error(workshop: _Workshop) -> float:
     )
 
 
-def _cost(variant: Variant, own: list[Time], reference: list[Time], memory: dict[str, int]) -> ObjectiveCost:
-    ratio, cpu_ratio = ratios(own, reference)
+def _cost(line: Variant, taken: dict[str, list[Time]], memory: dict[str, int]) -> ObjectiveCost:
+    own = taken[line.label]
+    ratio, cpu_ratio = ratios(own, taken[REFERENCE])
+    textbook, cpu_textbook = ratios(own, taken[TEXTBOOK]) if TEXTBOOK in taken else (None, None)
     return ObjectiveCost(
-        name=variant.name,
-        kind=variant.kind,
+        name=line.label,
+        kind=line.kind,
         step_ms=spread([each.wall for each in own]),
         cpu_ms=spread([each.cpu for each in own]),
         ratio=ratio,
         cpu_ratio=cpu_ratio,
-        memory_mb=memory[variant.name] / 2**20,
-        memory_ratio=memory[variant.name] / memory[REFERENCE],
+        textbook_ratio=textbook,
+        textbook_cpu_ratio=cpu_textbook,
+        memory_mb=memory[line.label] / 2**20,
+        memory_ratio=memory[line.label] / memory[REFERENCE],
     )
-
-
-def _blocks() -> dict[str, type[Block]]:
-    """The config block of every kind of objective."""
-    blocks = get_args(get_args(ObjectiveConfig)[0])
-    return {block.model_fields["kind"].default: block for block in blocks}

@@ -206,7 +206,7 @@ class BatchesByHand:
     def batch(self, step: int) -> Batch:
         row = self._rows[step]
         x = self._data.decode(self._data.x[row], Key(self._seed, step), self._index)
-        return Batch(x, None if self._label is None else self._label[row], self._index, row)
+        return Batch(x, None if self._label is None else self._label[row], self._index, row, first=0)
 
 
 def fitting_batch_size(measure: Callable[[int], float], step_ms: float, batch_size: int) -> int:

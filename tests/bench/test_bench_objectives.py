@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,13 @@ import torch
 from conftest import cli, refuse, succeed
 from torch import Tensor, nn
 
-from fewstep.bench import measure
-from fewstep.bench import objectives as module
+from fewstep.bench import measure, objectives
+from fewstep.bench import variants as lines
 from fewstep.bench.measure import Spread, Time
 from fewstep.bench.memory import peak_bytes
-from fewstep.bench.objectives import (
-    REFERENCE,
-    TEXTBOOK,
-    _Workshop,
-    bench_objectives,
-    chosen_variants,
-    variants,
-)
+from fewstep.bench.objectives import _Workshop, bench_objectives
 from fewstep.bench.textbook import Textbook, step_difference
+from fewstep.bench.variants import REFERENCE, TEXTBOOK, chosen_variants, variants
 from fewstep.config import TRAINS, check_config
 from fewstep.data.dataset import Batch, Dataset
 from fewstep.distill.flow_maps.config import AdaptivePowerConfig, MeanFlowConfig
@@ -193,7 +188,7 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "timed", timed)
     names = ["meanflow", "consistency"]
     kept = {name: variants()[name] for name in [REFERENCE, *names]}
-    monkeypatch.setattr(module, "variants", lambda: kept)
+    monkeypatch.setattr(lines, "variants", lambda: kept)
     found = bench_objectives(names, "mlp-tiny", (1, 8, 8), classes=0, batch_size=8, repeats=4, device=CPU)
     assert "".join(turns) == "fmcmcfcfmfmc"
     costs = {cost.name: cost for cost in found.objectives}
@@ -204,6 +199,49 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs["meanflow"].cpu_ms.median == 12.5
     assert costs[REFERENCE].step_ms.median == 25
     assert found.textbook_error is None
+    assert costs["meanflow"].textbook_ratio is found.textbook("meanflow") is None
+
+
+def test_ratios_to_the_textbooks_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round by round: on a CPU by processor time, on a GPU by the clock."""
+    rounds = itertools.count()
+
+    def timed(work: Any, device: torch.device) -> Time:
+        number = next(rounds)
+        line = (number + number // 3) % 3  # every round begins with the next one
+        load = 1 + number // 3
+        return (Time(10 * load, load), Time(12 * load, 2 * load), Time(16 * load, 8 * load))[line]
+
+    monkeypatch.setattr(measure, "timed", timed)
+    kept = {name: variants()[name] for name in (REFERENCE, "meanflow", TEXTBOOK)}
+    monkeypatch.setattr(lines, "variants", lambda: kept)
+    found = bench_objectives([], "mlp-tiny", (1, 8, 8), classes=0, batch_size=8, repeats=4, device=CPU)
+    assert found.textbook("meanflow") == Spread(0.25, 0.25, 0.25)
+    assert found.textbook(TEXTBOOK) == Spread(1, 1, 1)
+    assert replace(found, device="some GPU").textbook("meanflow") == Spread(0.75, 0.75, 0.75)
+    assert found.textbook("progressive") is None
+
+
+def test_compiled_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside every eager one, as ``train.compile`` makes it; the textbook's step has none."""
+    compiled: list[Objective] = []
+
+    def compile_objective(objective: Objective, data: Batch) -> None:
+        compiled.append(objective)
+        in_place(objective, data, backend="aot_eager")
+
+    in_place = objectives.compile_objective
+    monkeypatch.setattr(objectives, "compile_objective", compile_objective)
+    names = ["meanflow", TEXTBOOK]
+    kept = {name: variants()[name] for name in [REFERENCE, *names]}
+    monkeypatch.setattr(lines, "variants", lambda: kept)
+    found = bench_objectives(
+        names, "mlp-tiny", (1, 8, 8), classes=10, batch_size=8, repeats=1, device=CPU, compiled=True
+    )
+    wanted = [REFERENCE, f"{REFERENCE} (compiled)", "meanflow", "meanflow (compiled)", TEXTBOOK]
+    assert [cost.name for cost in found.objectives] == wanted
+    assert len(compiled) == 2
+    torch._dynamo.reset()
 
 
 def test_the_peak_of_a_step() -> None:
@@ -273,7 +311,16 @@ def test_all_objectives_without_classes() -> None:
 def test_the_table_is_for_people(capfd: pytest.CaptureFixture[str]) -> None:
     said = succeed("bench", "objectives", TEXTBOOK, *TINY)
     assert said.stdout == ""
-    for word in ("1 x 8 x 8", "batch 8", REFERENCE, TEXTBOOK, "processor time", "memory", "are ours within"):
+    for word in (
+        "1 x 8 x 8",
+        "batch 8",
+        REFERENCE,
+        TEXTBOOK,
+        "processor time",
+        "memory",
+        "are ours within",
+        "of the textbook's",
+    ):
         assert word in said.stderr
     assert "profiler" not in capfd.readouterr().err  # which torch would say behind our back
 
@@ -287,6 +334,10 @@ def test_gates() -> None:
         failed = fail("bench", "objectives", "meanflow", *TINY, *tight)
         assert f"a step of meanflow-teacher {words} " in failed
         assert "above 0.001" in failed
+    succeed("bench", "objectives", "meanflow", *TINY, "--max-textbook", 1e6)
+    failed = fail("bench", "objectives", "meanflow", *TINY, "--max-textbook", 0.001)
+    assert "a step of meanflow costs " in failed
+    assert "of the textbook's, above 0.001" in failed
 
 
 def fail(*arguments: object) -> str:
@@ -312,6 +363,8 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
     refuse("bench", "objectives", "--shape", "1,x", says=("--shape takes sizes", "'1,x'"))
     refuse("bench", "objectives", "--max-ratio", "meanflw=2", says=("--max-ratio", "did you mean 'meanflow'?"))
     refuse("bench", "objectives", "progressive", "--max-memory", "meanflow=2", says=("'meanflow' is not measured",))
+    for arguments in (("meanflow", "--max-textbook", "nan"), (TEXTBOOK, "--max-textbook", 0.7)):
+        refuse("bench", "objectives", *arguments, says=("--max-textbook takes a finite number", TEXTBOOK))
     for text in ("meanflow", "meanflow=", "meanflow=x", "meanflow=nan", "meanflow=inf"):
         refuse("bench", "objectives", "--max-ratio", text, says=("NAME=RATIO", f"'{text}'"))
     (tmp_path / "file").write_text("")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep.distill.train as trainer
-from fewstep.bench.objectives import variants
+from fewstep.bench.variants import variants
 from fewstep.checkpoint import RunDirectory, checkpoints
 from fewstep.config import load_config
 from fewstep.data.dataset import Batch, BatchSource, Dataset

@@ -35,23 +35,36 @@ def bench_objectives(
         list[str] | None,
         typer.Option("--max-memory", help="The same for the peak memory of a step.", metavar="NAME=RATIO"),
     ] = None,
+    max_textbook: Annotated[
+        float | None,
+        typer.Option(
+            "--max-textbook", help="Exit 4 if a MeanFlow step costs more times that of the paper's algorithm 1."
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Every objective a second time, as train.compile trains it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a training step of each objective costs, with that of flow matching as one.
 
     Same network, same batches, same optimiser; the objectives take turns, so that other work on the machine meets all.
     Printed are medians and quartiles over the rounds, by processor time (which the gates compare, and on a GPU the
-    clock) and by the clock, and the most memory a step holds beyond what stays between steps.
+    clock) and by the clock, and the most memory a step holds beyond what stays between steps; with meanflow-textbook
+    also the ratios to that, which has the same loss and gradient as meanflow.
 
-    Example: fewstep bench objectives meanflow --max-ratio meanflow=1.3
+    Example: fewstep bench objectives meanflow --max-ratio meanflow=1.3 --max-textbook 0.7
     """
     with user_errors():
-        from fewstep.bench.objectives import bench_objectives, chosen_variants, objectives_table, objectives_title
+        from fewstep.bench.objectives import bench_objectives, objectives_table, objectives_title
+        from fewstep.bench.variants import TEXTBOOK, chosen_variants
         from fewstep.workflows import default_device
 
         measured = [variant.name for variant in chosen_variants(kinds or [])]
         ratios = gates_of("--max-ratio", max_ratio or [], measured)
         memories = gates_of("--max-memory", max_memory or [], measured)
+        if max_textbook is not None and (not math.isfinite(max_textbook) or not {"meanflow", TEXTBOOK} <= {*measured}):
+            raise UsageError("--max-textbook takes a finite number, and meanflow and meanflow-textbook to compare")
         check_ledger(ledger)
         with meter("bench objectives") as shown:
             bench = bench_objectives(
@@ -63,11 +76,17 @@ def bench_objectives(
                 repeats=repeats,
                 device=default_device(),
                 threads=threads,
+                compiled=compiled,
                 report=lambda done, total: shown.update(done, total, "rounds"),
             )
         say(objectives_title(bench))
         stderr().print(objectives_table(bench))
         keep(bench.to_json(), ledger, as_json)
+        textbook = bench.textbook("meanflow")
+        if max_textbook is not None and textbook is not None and not textbook.median <= max_textbook:
+            raise GateFailed(
+                f"a step of meanflow costs {textbook.median:.3f} of the textbook's, above {max_textbook:g}"
+            )
         for cost in bench.objectives:
             found = bench.ratio(cost)
             if not found <= ratios.get(cost.name, math.inf):
