@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Work = Callable[[], object]
+Precision = Literal["fp32", "bf16"]
+"""As ``train.precision``."""
 Reported = Callable[[int, int], None]
 """Called with how many of how many are done."""
 

@@ -4,7 +4,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.bench.ceiling import product_tflops
 from fewstep.bench.measure import (
+    Precision,
     Reported,
     Spread,
     Work,
@@ -29,8 +30,6 @@ from fewstep.distill.tangent import forward_derivative
 from fewstep.errors import EnvironmentFault, UsageError, nearest
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import SIZES
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)

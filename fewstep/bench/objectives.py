@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from fewstep.bench.measure import (
+    Precision,
     Reported,
     Spread,
     Time,
@@ -91,6 +92,7 @@ class ObjectivesBench:
     repeats: int
     device: str
     threads: int
+    precision: Precision
     textbook_error: float | None
     objectives: tuple[ObjectiveCost, ...]
 
@@ -120,6 +122,7 @@ def bench_objectives(
     repeats: int,
     device: torch.device,
     threads: int = 0,
+    precision: Precision = "fp32",
     compiled: bool = False,
     report: Reported = unreported,
 ) -> ObjectivesBench:
@@ -128,16 +131,17 @@ def bench_objectives(
     In every round each takes one step on the same batch, and every round starts with another one, so that whatever else
     the machine does meets all of them. The teacher is one of the same size that has taken one step: what it says does
     not matter here. With ``compiled`` every objective but the textbook's has a second line, as ``train.compile`` trains
-    it. ``FewstepError`` if the textbook's MeanFlow step is not ours, or a compiled one not the eager one.
+    it. In bfloat16 there are no one-sided differences. ``FewstepError`` if the textbook's MeanFlow step is not ours, or
+    a compiled one not the eager one.
     """
-    chosen = chosen_variants(names)
+    chosen = [each for each in chosen_variants(names) if precision == "fp32" or each.settings.get("jvp") != "one_sided"]
     if size not in SIZES:
         raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
     if len(shape) != 3:
         raise UsageError(f"objectives are measured on images: a shape of C,H,W, not {list(shape)}")
     with torch_threads(threads):
         with tempfile.TemporaryDirectory() as folder:
-            workshop = _Workshop(Path(folder), size, shape, classes, batch_size, device)
+            workshop = _Workshop(Path(folder), size, shape, classes, batch_size, device, precision)
             error = _textbook_error(workshop) if any(each.name == TEXTBOOK for each in chosen) else None
             source, pairs = (workshop.source(pairs=pairs) for pairs in (False, True))
             lines = [replace(each, compiled=two) for each in chosen for two in each.ways(compiled)]
@@ -164,6 +168,7 @@ def bench_objectives(
             repeats=repeats,
             device=device_name(device),
             threads=torch.get_num_threads(),
+            precision=precision,
             textbook_error=error,
             objectives=tuple(costs),
         )
@@ -172,7 +177,8 @@ def bench_objectives(
 def objectives_title(bench: ObjectivesBench) -> str:
     """For people: what was measured."""
     what = f"{bench.size}, {bench.params:,} parameters, samples of {' x '.join(map(str, bench.shape))}"
-    return f"{what}, batch {bench.batch_size}; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
+    how = f"batch {bench.batch_size}, {bench.precision}"
+    return f"{what}, {how}; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
 
 
 def objectives_table(bench: ObjectivesBench) -> Table:
@@ -200,9 +206,17 @@ class _Workshop:
     """Random data and a teacher of one step in a folder, and the objectives that train on them."""
 
     def __init__(
-        self, folder: Path, size: str, shape: tuple[int, ...], classes: int, batch_size: int, device: torch.device
+        self,
+        folder: Path,
+        size: str,
+        shape: tuple[int, ...],
+        classes: int,
+        batch_size: int,
+        device: torch.device,
+        precision: Precision = "fp32",
     ) -> None:
         self._folder, self._size, self._batch_size, self._device = folder, size, batch_size, device
+        self._precision = precision
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (2 * batch_size, *shape), dtype=torch.uint8, generator=generator)
         label = torch.arange(len(images)) % classes if classes else None
@@ -219,7 +233,7 @@ class _Workshop:
             "name": variant.name,
             "data": {"kind": "shards", "path": str(self._folder / "data")},
             "objective": {"kind": variant.kind, **whole, **variant.settings},
-            "train": {"steps": 1, "batch_size": self._batch_size, "warmup_steps": 0},
+            "train": {"steps": 1, "batch_size": self._batch_size, "warmup_steps": 0, "precision": self._precision},
         }
         kind = TRAINS[variant.kind]
         alone = {**tree, "student": {"kind": kind, "init": "scratch", "network": SIZES[self._size].model_dump()}}

@@ -176,8 +176,12 @@ def bare_training(
     optimizer = torch.optim.AdamW(
         objective.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+    device = next(objective.parameters()).device.type
     for step in itertools.count():
-        loss = objective(batch(step), Key(seed, step)).per_sample_B.mean()
+        data = batch(step)
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+            output = objective(data, Key(seed, step))
+        loss = output.per_sample_B.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -325,9 +329,9 @@ def _read(output: LossOutput, norm: Tensor) -> list[float]:
 
 
 def _check_comparable(config: TrainConfig) -> None:
-    """The bare loop is plain float32 AdamW: what it does not do would count as overhead."""
+    """The bare loop is plain AdamW: what it does not do would count as overhead."""
     plain = TrainConfig()
-    for name in ("precision", "compile", "parallel", "gradient_accumulation_steps", "optimizer"):
+    for name in ("compile", "parallel", "gradient_accumulation_steps", "optimizer"):
         asked, usual = config.model_dump()[name], plain.model_dump()[name]
         if asked != usual:
             raise UsageError(f"the loop to compare with has train.{name}={usual}: leave out train.{name}={asked}")

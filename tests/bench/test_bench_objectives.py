@@ -308,6 +308,15 @@ def test_all_objectives_without_classes() -> None:
     assert found["shape"] == [3, 4, 6]
 
 
+def test_bfloat16() -> None:
+    """The students' products are rounded, so there is no difference of outputs to take."""
+    found = document("meanflow", "--precision", "bf16")
+    assert found["precision"] == "bf16"
+    assert {cost["name"] for cost in found["objectives"]} == {
+        each.name for each in chosen_variants(["meanflow"]) if each.name != "meanflow-one-sided"
+    }
+
+
 def test_the_table_is_for_people(capfd: pytest.CaptureFixture[str]) -> None:
     said = succeed("bench", "objectives", TEXTBOOK, *TINY)
     assert said.stdout == ""

@@ -25,11 +25,15 @@ QUICK = ("--step-ms", "0.5", "--repeats", "2", "--segment", "2")
 """Nothing but behaviour can be seen at this size."""
 
 
-@pytest.mark.parametrize("name", ["teacher", "meanflow", "progressive", "consistency"])
-def test_both_loops_compute_the_same(name: str, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("teacher", "fp32"), ("teacher", "bf16"), ("meanflow", "fp32"), ("progressive", "fp32"), ("consistency", "fp32")],
+)
+def test_both_loops_compute_the_same(name: str, precision: str, trained: Path, tmp_path: Path) -> None:
     """Without what only ``train`` does to the gradient and the rate, every weight has the same bits."""
     overrides = ["train.grad_clip=0", "train.lr_schedule=constant", "train.warmup_steps=0", "train.weight_decay=0.1"]
     own = SMALL if name == "teacher" else student(trained / "teacher")
+    overrides.append(f"train.precision={precision}")
     targets = ["objective.target_decay=0.9"] if name == "consistency" else []
     config = load_config(f"digits-{name}", [*own, *overrides, *targets])
     weights = []
@@ -150,7 +154,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         *("bench", "train", "digits-meanflow", f"teacher.path={where}"),
         says=(str(where), "has not been trained", "fewstep teach digits-teacher"),
     )
-    refuse("bench", "train", "train.precision=bf16", says=("train.precision=fp32", "leave out train.precision=bf16"))
+    refuse("bench", "train", "train.compile=true", says=("train.compile=False", "leave out train.compile=True"))
     refuse("bench", "train", "--max-overhead", "nan", says=("--max-overhead", "finite"))
     refuse("bench", "train", "digits-techer", says=("did you mean 'digits-teacher'?",))
     (tmp_path / "file").write_text("")

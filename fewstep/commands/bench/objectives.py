@@ -5,10 +5,19 @@ from typing import Annotated
 
 import typer
 
-from fewstep.commands.bench.shared import Ledger, Threads, check_ledger, gates_of, keep, shape_of
+from fewstep.commands.bench.shared import (
+    Ledger,
+    Precision,
+    PrecisionChoice,
+    Threads,
+    check_ledger,
+    gates_of,
+    keep,
+    shape_of,
+)
 from fewstep.commands.shared import AsJson, user_errors
 from fewstep.console import meter, say, stderr
-from fewstep.errors import GateFailed
+from fewstep.errors import GateFailed, UsageError
 
 
 def bench_objectives(
@@ -24,6 +33,7 @@ def bench_objectives(
         int, typer.Option("--repeats", min=1, help="Rounds in which every objective takes its turn.")
     ] = 15,
     threads: Threads = 0,
+    precision: Precision = PrecisionChoice.fp32,
     ledger: Ledger = None,
     max_ratio: Annotated[
         list[str] | None,
@@ -76,6 +86,7 @@ def bench_objectives(
                 repeats=repeats,
                 device=default_device(),
                 threads=threads,
+                precision=precision.value,
                 compiled=compiled,
                 report=lambda done, total: shown.update(done, total, "rounds"),
             )
