@@ -310,9 +310,10 @@ def test_the_torchrun_line_runs_two_processes(trained: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_slurm_job_is_saved_when_time_is_up_and_goes_on(
-    trained: Path, tmp_path: Path, cluster: dict[str, str]
+    trained: Path, tmp_path: Path, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Slurm does it: SIGUSR1 to what srun started, which is torchrun, and the same script once more."""
+    """As Slurm does it: SIGUSR1 to what srun started, which is torchrun, and the same script once more. What that
+    starts then is run here, by one process."""
     stub(tmp_path, "srun", 'shift\necho $$ > pid\nexec "$@"\n')
     arguments = ["distill", "digits-meanflow", *student(trained / "teacher"), "train.steps=200", "--out", "r s"]
     script, run = slurm_script("x", Path("r s"), 2, arguments), tmp_path / "r s"
@@ -326,9 +327,13 @@ def test_a_slurm_job_is_saved_when_time_is_up_and_goes_on(
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{status['step']:08d}"]
     assert (tmp_path / "requeued").read_text().startswith("requeue ")
 
+    stub(tmp_path, "torchrun", "printf '%s\\n' \"$@\" > words\n")
     job = submit(script, tmp_path, cluster, SLURM_RESTART_COUNT="1")
     _, said = job.communicate(timeout=90)
     assert job.returncode == 0, said
+    words = (tmp_path / "words").read_text().splitlines()
+    monkeypatch.chdir(tmp_path)
+    succeed(*words[words.index("fewstep.cli") + 1 :])
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 201))
