@@ -225,13 +225,7 @@ def test_ratios_to_the_textbooks_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside every eager one, as ``train.compile`` makes it; the textbook's step has none."""
     compiled: list[Objective] = []
-
-    def compile_objective(objective: Objective, data: Batch) -> None:
-        compiled.append(objective)
-        in_place(objective, data, backend="aot_eager")
-
-    in_place = objectives.compile_objective
-    monkeypatch.setattr(objectives, "compile_objective", compile_objective)
+    monkeypatch.setattr(objectives, "compile_objective", lambda objective, data: compiled.append(objective))
     names = ["meanflow", TEXTBOOK]
     kept = {name: variants()[name] for name in [REFERENCE, *names]}
     monkeypatch.setattr(lines, "variants", lambda: kept)
@@ -240,8 +234,7 @@ def test_compiled_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     wanted = [REFERENCE, f"{REFERENCE} (compiled)", "meanflow", "meanflow (compiled)", TEXTBOOK]
     assert [cost.name for cost in found.objectives] == wanted
-    assert len(compiled) == 2
-    torch._dynamo.reset()
+    assert len({id(objective) for objective in compiled}) == 2
 
 
 def test_the_peak_of_a_step() -> None:
@@ -320,16 +313,7 @@ def test_bfloat16() -> None:
 def test_the_table_is_for_people(capfd: pytest.CaptureFixture[str]) -> None:
     said = succeed("bench", "objectives", TEXTBOOK, *TINY)
     assert said.stdout == ""
-    for word in (
-        "1 x 8 x 8",
-        "batch 8",
-        REFERENCE,
-        TEXTBOOK,
-        "processor time",
-        "memory",
-        "are ours within",
-        "of the textbook's",
-    ):
+    for word in ("1 x 8 x 8", "batch 8", REFERENCE, TEXTBOOK, "memory", "are ours within", "of the textbook's"):
         assert word in said.stderr
     assert "profiler" not in capfd.readouterr().err  # which torch would say behind our back
 
@@ -337,13 +321,12 @@ def test_the_table_is_for_people(capfd: pytest.CaptureFixture[str]) -> None:
 def test_gates() -> None:
     """Every one of them, against what was measured; the table is printed first."""
     loose = ("--max-ratio", "meanflow=1e6", "--max-memory", "meanflow=1e6", "--max-memory", f"{REFERENCE}=1")
-    succeed("bench", "objectives", "meanflow", *TINY, *loose)
+    succeed("bench", "objectives", "meanflow", *TINY, *loose, "--max-textbook", 1e6)
     for option, words in (("--max-ratio", "costs"), ("--max-memory", "holds")):
         tight = (option, "meanflow=1e6", option, "meanflow-teacher=0.001")
         failed = fail("bench", "objectives", "meanflow", *TINY, *tight)
         assert f"a step of meanflow-teacher {words} " in failed
         assert "above 0.001" in failed
-    succeed("bench", "objectives", "meanflow", *TINY, "--max-textbook", 1e6)
     failed = fail("bench", "objectives", "meanflow", *TINY, "--max-textbook", 0.001)
     assert "a step of meanflow costs " in failed
     assert "of the textbook's, above 0.001" in failed
