@@ -32,7 +32,11 @@ def checked_out(commit: str, folder: Path) -> Path:
 def costs(path: Path) -> dict[tuple[str, str], float]:
     """What each figure costs: less is better, whichever way it is told."""
     found: list[Figure] = [each for row in rows_of(path) for each in figures(row)] if path.exists() else []
-    return {(each.name, each.beside): 1 / each.median if each.times == "faster" else each.median for each in found}
+    return {
+        (each.name, each.beside): 1 / each.median if each.times == "faster" else each.median
+        for each in found
+        if each.ours
+    }
 
 
 def measure(trees: Sequence[Path], names: Sequence[str], rounds: int, folder: Path) -> Ratios:

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,21 @@ SET: dict[str, tuple[str, ...]] = {
     "objectives": ("objectives", "meanflow", "--batch-size", "64", "--repeats", "7", "--threads", "1"),
     "network": ("network", "flot-tiny", "unet-tiny", "--shape", "1,8,8", "--batch-size", "128", "--repeats", "9"),
     "loader": ("loader", "digits-teacher", "--repeats", "200", "--steps", "20"),
+    "sample": ("sample", "--repeats", "15"),
+    "metrics": ("metrics", "frechet", "neighbours", "kernel", "--n", "2000", "--dim", "512"),
+    "sweep": ("metrics", "sweep", "--n", "1000", "--steps", "1", "--runs", "RUNS"),
 }
+"""Arguments of `fewstep bench`. RUNS is a folder of a teacher and three students that have hardly trained: what a sweep
+takes does not depend on what they have learned."""
+
+STUDENTS = ("progressive", "meanflow", "consistency")
 
 
 @dataclass(frozen=True)
 class Figure:
     """Something of ours beside something else: a ratio pair by pair (median, quartiles). ``times`` says how it is told:
-    what ours costs, what it costs more, or how much faster it is; ``note`` what else was measured."""
+    what one costs, what it costs more, or how much faster ours is; ``note`` what else was measured. Of somebody else's
+    beside something else (``ours`` is false) it is there to be read beside ours."""
 
     name: str
     beside: str
@@ -41,6 +50,7 @@ class Figure:
     high: float
     times: str = "cost"
     note: str = ""
+    ours: bool = True
 
     def told(self) -> str:
         """For people."""
@@ -92,12 +102,56 @@ def _recipe_loader(row: Row) -> list[Figure]:
     return [Figure(f"batches, {row['recipe']}", "its training step", middle, low, high, "faster")]
 
 
+def _sample(row: Row) -> list[Figure]:
+    which = "cpu_overhead" if row["device"] == "cpu" else "overhead"
+    found = []
+    for batch in row["batches"]:
+        for way in batch["ways"]:
+            ours = way["of"] == "fewstep"
+            middle, low, high = (1 + way[which][name] / 100 for name in ("median", "low", "high"))
+            one = "a sample" if batch["batch_size"] == 1 else "a batch"
+            name = f"{'' if ours else way['of'].split()[0] + ': '}{way['name']}, {one}"
+            note = f"a call of {batch['call_ms']['median']:.1f} ms; {way['own_us']:.0f} us of its own per call"
+            beside = f"{way['calls']} bare calls of {row['network']}"
+            if way["of"] != "torch":
+                found.append(Figure(name, beside, middle, low, high, "overhead", note, ours))
+    return found
+
+
+def _metrics(row: Row) -> list[Figure]:
+    which = "faster" if row["device"] == "cpu" else "faster_by_the_clock"
+    return [
+        Figure(f"{each['metric']}, {each['what']}", f"{each['peer']} {each['version']}", **each[which], times="faster")
+        for each in row["compared"]
+    ]
+
+
 FIGURES: dict[str, Callable[[Row], list[Figure]]] = {
     "train": _train,
     "objectives": _objectives,
     "network": _network,
     "recipe-loader": _recipe_loader,
+    "sample": _sample,
+    "metrics": _metrics,
 }
+
+
+def hardly_trained(folder: Path, environment: dict[str, str]) -> Path:
+    """A teacher of the digits and three students after a few steps each."""
+    few = ("train.steps=20", "train.warmup_steps=5")
+    teacher = folder / "digits-teacher"
+    commands = [("teach", "digits-teacher", "--out", str(teacher), *few)]
+    for student in STUDENTS:
+        stages = ("objective.last_stages_factor=1",) if student == "progressive" else ()
+        out = str(folder / f"digits-{student}")
+        commands.append(("distill", f"digits-{student}", f"teacher.path={teacher}", "--out", out, *few, *stages))
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "fewstep", *command], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"fewstep {' '.join(command)}: {done.stderr.strip()}")
+    return folder
 
 
 def run(names: Iterable[str], out: Path, *, tree: Path | None = None) -> list[str]:
@@ -109,8 +163,13 @@ def run(names: Iterable[str], out: Path, *, tree: Path | None = None) -> list[st
     failed = []
     for name in names:
         began = time.monotonic()
-        command = [sys.executable, "-m", "fewstep", "bench", *SET[name], "--ledger", str(out.absolute())]
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = SET[name]
+            if "RUNS" in arguments:
+                runs = hardly_trained(Path(folder), environment)
+                arguments = tuple(str(runs) if each == "RUNS" else each for each in arguments)
+            command = [sys.executable, "-m", "fewstep", "bench", *arguments, "--ledger", str(out.absolute())]
+            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
             failed.append(f"bench {name}: {said}")
