@@ -1,4 +1,8 @@
-"""The commands as functions: what ``cli`` calls, and what a script may call instead."""
+"""The commands as functions: what ``cli`` calls, and what a script may call instead.
+
+What only some of them need and takes long to import (training, several processes) is imported there: sampling a few
+images should not wait for it.
+"""
 
 import datetime
 import tempfile
@@ -23,10 +27,7 @@ from fewstep.data.load import load_data
 from fewstep.data.pairs import META, shards_of
 from fewstep.data.paths import expanded
 from fewstep.data.prepare import prepare
-from fewstep.distill.averages import rebuilt, tracked
 from fewstep.distill.reflow.config import PairsSettings
-from fewstep.distill.reflow.pairs import Share, guided_by, make_pairs, request_of
-from fewstep.distill.train import make_accelerator
 from fewstep.encode import prepare_latents
 from fewstep.environment import describe_environment
 from fewstep.errors import UsageError, nearest
@@ -135,6 +136,8 @@ def average_run(run: Path, out: Path, *, ema: str | None, relative_std: float | 
     ``ema`` names one that training tracked; ``relative_std``, at ``step`` or at the end, rebuilds one that it did not.
     What is written can be sampled, evaluated and reported like a run.
     """
+    from fewstep.distill.averages import rebuilt, tracked
+
     if (ema is None) == (relative_std is None):
         raise UsageError("say which average: --ema NAME, or --relative-std WIDTH to rebuild one")
     if ema is not None and step is not None:
@@ -292,6 +295,8 @@ def evaluation_share() -> tuple[EvaluationShare, torch.device]:
     """This process's place among those that were launched, and its device."""
     if not launched():
         return EvaluationShare(), default_device()
+    from fewstep.distill.train import make_accelerator
+
     accelerator = make_accelerator()
     return EvaluationShare(accelerator.process_index, accelerator.num_processes), accelerator.device
 
@@ -582,6 +587,9 @@ def solve_pairs(
 ) -> dict[str, Any]:
     """Make pairs with a finished run's velocity field, in as many processes as were launched; returns their
     ``meta.json``. ``report`` hears of this process's share."""
+    from fewstep.distill.reflow.pairs import Share, guided_by, make_pairs, request_of
+    from fewstep.distill.train import make_accelerator
+
     accelerator = make_accelerator()
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     data = _like_its_data(read_model(run).card, read_config(run))

@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fewstep.condition import Condition
@@ -47,6 +46,8 @@ def wasserstein2(reference: Tensor, samples: Tensor, points: int = W2_POINTS) ->
     2-D toys are 0.04 (two moons), 0.07 (checkerboard) and 0.09 (eight Gaussians) from 2,000 others.
     """
     count = min(points, len(reference), len(samples))
+    from scipy.optimize import linear_sum_assignment  # as long to import as all of evaluation
+
     real, drawn = (cloud[:count].double().cpu() for cloud in (reference, samples))
     # Not by way of a matrix product, whose cancellation keeps equal points apart.
     cost = torch.cdist(real, drawn, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
