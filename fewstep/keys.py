@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -87,37 +87,8 @@ class Key:
         return words.reshape(len(index_B), 4 * blocks)[:, :count]
 
 
-A = TypeVar("A", Tensor, np.ndarray)
-
-
-def philox(counter: Sequence[A], key: tuple[int, int]) -> tuple[A, A, A, A]:
-    """Philox4x32-10 of a counter of four 32-bit words (int64 arrays of one shape) under a key of two 32-bit words.
-
-    Works on tensors and on numpy arrays alike. Returns four new arrays of 32-bit words.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # A 32x32-bit product fills 64 bits; int64 wraps, and its bits are those of the unsigned product. What lies
-        # above the 32 bits of a word is only taken off before the word is multiplied.
-        p0 = c0 * _MULTIPLIERS[0]
-        p1 = c2 * _MULTIPLIERS[1]
-        c0 = p1 >> 32
-        c0 ^= c1
-        c0 ^= k0
-        c0 &= _MASK
-        c2 = p0 >> 32
-        c2 ^= c3
-        c2 ^= k1
-        c2 &= _MASK
-        c1, c3 = p1, p0
-        k0 = (k0 + _WEYL[0]) & _MASK
-        k1 = (k1 + _WEYL[1]) & _MASK
-    return c0, c1 & _MASK, c2, c3 & _MASK
-
-
-def _count(counter: A, block: A, index_B: A, step: int | Tensor) -> None:
-    """Fill the counters ``[4, B, blocks]`` of every block and sample."""
+def _count(counter: Any, block: Any, index_B: Any, step: int | Tensor) -> None:
+    """Fill the counters ``[4, B, blocks]`` of every block and sample: tensors, or numpy arrays."""
     counter[0] = block
     counter[1] = (index_B & _MASK)[:, None]
     counter[2] = (index_B >> 32)[:, None]
@@ -156,3 +127,32 @@ def _schedule(key: tuple[int, int]) -> tuple[tuple[np.uint64, np.uint64], ...]:
         (np.uint64((key[0] + round_ * _WEYL[0]) & _MASK), np.uint64((key[1] + round_ * _WEYL[1]) & _MASK))
         for round_ in range(_ROUNDS)
     )
+
+
+A = TypeVar("A", Tensor, np.ndarray)
+
+
+def philox(counter: Sequence[A], key: tuple[int, int]) -> tuple[A, A, A, A]:
+    """Philox4x32-10 of a counter of four 32-bit words (int64 arrays of one shape) under a key of two 32-bit words.
+
+    Works on tensors and on numpy arrays alike. Returns four new arrays of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A 32x32-bit product fills 64 bits; int64 wraps, and its bits are those of the unsigned product. What lies
+        # above the 32 bits of a word is only taken off before the word is multiplied.
+        p0 = c0 * _MULTIPLIERS[0]
+        p1 = c2 * _MULTIPLIERS[1]
+        c0 = p1 >> 32
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _MASK
+        c2 = p0 >> 32
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _MASK
+        c1, c3 = p1, p0
+        k0 = (k0 + _WEYL[0]) & _MASK
+        k1 = (k1 + _WEYL[1]) & _MASK
+    return c0, c1 & _MASK, c2, c3 & _MASK

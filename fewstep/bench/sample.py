@@ -31,7 +31,7 @@ from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import SIZES
 
 FIRST_TRIES = 3
-ALONE = 20
+ALONE = 10
 """Samplings around a network that returns at once, per round: they are short."""
 
 

@@ -24,7 +24,7 @@ def variant_ways(
     notes: list[str] = []
     way = functools.partial(Way, of="fewstep", calls=inputs.steps, like=JUMPS, alone=False)
     ways: list[Way] = []
-    if inputs.noise.device.type == "cuda":
+    if device_type(inputs) == "cuda":
         graph = GraphSampler(jump_sampler(net), report=notes.append)
         sampled(graph, inputs)
         if not notes:
@@ -52,6 +52,10 @@ def variant_ways(
         noise = inputs.noise.to(memory_format=torch.channels_last)
         ways.append(_with("jumps, channels last", other, replace(inputs, noise=noise), way, 1e-4))
     return ways, notes
+
+
+def device_type(inputs: Inputs) -> str:
+    return inputs.noise.device.type
 
 
 def _with(name: str, net: nn.Module, inputs: Inputs, way: functools.partial[Way], tolerance: float) -> Way:

@@ -83,7 +83,7 @@ def own_ways(inputs: Inputs) -> list[Way]:
         Way("Euler by hand", "torch", lambda net: functools.partial(_euler_by_hand, net, inputs), steps),
         way(JUMPS, build=by(jump_sampler), like="jumps by hand", gated=True),
         way(EULER, build=by(_ode), like="Euler by hand", gated=True),
-        way("renoise", build=by(_renoise), gated=True),
+        way("renoise", build=by(_renoise)),
         way("renoise, torch.randn", build=lambda net: functools.partial(_renoised_in_sequence, net, inputs)),
         way("Heun", build=by(lambda net: OdeSampler(NetworkField(net), "heun")), calls=2 * steps),
         way("midpoint", build=by(lambda net: OdeSampler(NetworkField(net), "midpoint")), calls=2 * steps),

@@ -81,7 +81,7 @@ class ConditionedNetwork(nn.Module):
             beside.append(self.embed_label(label_B))
         if self.embed_guidance is not None:
             if guidance_B3 is None:
-                guidance_B3 = unguided(t_B)
+                guidance_B3 = torch.stack([torch.full_like(t_B, number) for number in UNGUIDED], dim=-1)
             beside.append(self.embed_guidance(guidance_B3))
         elif guidance_B3 is not None:
             raise ValueError("guidance was given to a network that has no input for it")
@@ -89,12 +89,6 @@ class ConditionedNetwork(nn.Module):
         if not self.late:
             return early
         return early + [F.silu(sum(beside, start=self.embed_t(r_B))).to(dtype)] * self.late
-
-
-def unguided(t_B: Tensor) -> Tensor:
-    """``UNGUIDED`` for every sample, ``[B, 3]``: filled on the device, for numbers that come from the host would be
-    waited for, and no CUDA graph could hold them."""
-    return torch.stack([torch.full_like(t_B, number) for number in UNGUIDED], dim=1)
 
 
 def early_blocks(split: float, blocks: int) -> int:

@@ -32,7 +32,7 @@ class GuidanceInput:
 
     def batch(self, t_B: Tensor) -> Tensor:
         """``[B, 3]``, the same for every sample, in the precision of its times."""
-        # Filled on the device, as ``unguided`` is: nothing is waited for.
+        # Filled on the device: numbers from the host would be waited for, and no CUDA graph could hold them.
         return torch.stack([torch.full_like(t_B, number) for number in (self.scale, self.low, self.high)], dim=1)
 
 

@@ -45,8 +45,8 @@ def bench_sample(
 
     Each first has to draw the samples it should. Then all take turns, each beside as many bare calls on as large a
     batch: at the batch size where a call takes --call-ms, and at batch 1. Printed are medians and quartiles of the
-    pairs, and what a way takes per call around a network that returns at once. The gate compares jumps, renoise and
-    Euler at the larger batch, by processor time (on a GPU: by the clock).
+    pairs, and what a way takes per call around a network that returns at once. The gate compares jumps and Euler
+    at the larger batch, by processor time (on a GPU: by the clock).
 
     Example: fewstep bench sample --network flot-tiny --call-ms 5 --max-overhead 2
     """

@@ -2,13 +2,14 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.condition import Condition
 from fewstep.conventions import ConventionConfig
 from fewstep.conversion import canonical_velocity
 from fewstep.errors import UsageError
-from fewstep.networks.condition import Inputs, unguided
+from fewstep.networks.condition import UNGUIDED, Inputs
 from fewstep.networks.embeddings import GuidanceEmbedding, TimeEmbedding
 
 MAX_FREQUENCY = 3.0
@@ -57,7 +58,7 @@ class ForeignNetwork(nn.Module):
         added = None if self.embed_gap is None else self.embed_gap(t_B - r_B)
         if self.embed_guidance is not None:
             if guidance_B3 is None:
-                guidance_B3 = unguided(t_B)
+                guidance_B3 = torch.stack([torch.full_like(t_B, number) for number in UNGUIDED], dim=-1)
             told = self.embed_guidance(guidance_B3)
             added = told if added is None else added + told
         elif guidance_B3 is not None:
