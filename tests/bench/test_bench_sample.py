@@ -274,6 +274,7 @@ def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are as many as were asked for while the ways are timed."""
     seen: list[int] = []
     monkeypatch.setattr(sample, "_measured", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(sample, "fitting_batch_size", lambda measure, call_ms, first: 1)
     assert torch.get_num_threads() == 1
     assert bench_sampling("mlp-tiny", (2,), classes=0, call_ms=1e-3, repeats=1, device=CPU, threads=2).threads == 2
     assert torch.get_num_threads() == 1
