@@ -1,10 +1,11 @@
-"""torch.compile for a student and its tangent, believed only after it has given what eager mode gives."""
+"""torch.compile for a student, its tangent and its teacher, believed only after it has given what eager mode gives."""
 
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewstep.condition import Condition
 from fewstep.data.dataset import Batch
@@ -17,6 +18,26 @@ from fewstep.networks.dropout import keyed_dropout
 TOLERANCE = 1e-3
 """Relative, of float32 results whose order of summation may differ. A dropped derivative is wrong by its own size."""
 
+
+class _LayerNorm(nn.LayerNorm):
+    """The same in two parts that compiled forward mode understands: first the norm, then the weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        normal = F.layer_norm(input, self.normalized_shape, eps=self.eps) * self.weight
+        return normal if self.bias is None else normal + self.bias
+
+
+class _GroupNorm(nn.GroupNorm):
+    """As ``_LayerNorm``. The forward derivative takes contiguous input alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        per_channel = (-1, *(1,) * (input.ndim - 2))
+        normal = F.group_norm(input.contiguous(), self.num_groups, eps=self.eps)
+        return normal * self.weight.reshape(per_channel) + self.bias.reshape(per_channel)
+
+
+_IN_PARTS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: _LayerNorm, nn.GroupNorm: _GroupNorm}
+_COMPILED = {*_IN_PARTS, *_IN_PARTS.values()}
 _UNCOMPILED = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Conv1d)
 
 
@@ -28,6 +49,8 @@ def compile_objective(objective: Objective, batch: Batch, *, backend: str | Call
     output, gradient and tangent are compared with eager mode: an autograd function with a ``jvp`` of its own, for one,
     loses it in compilation and nobody is told.
 
+    Layer and group norms with weights are computed in two parts from then on; their weights keep their names.
+
     Raises ``UsageError`` for layers known not to compile under forward mode, ``EnvironmentFault`` where there is no
     working compiler, ``FewstepError`` where the compiled results are others.
     """
@@ -38,6 +61,8 @@ def compile_objective(objective: Objective, batch: Batch, *, backend: str | Call
             "set train.compile=false or objective.jvp=finite_difference"
         )
     eager = _results(objective, batch)
+    if forward_mode:
+        norms_in_parts(objective.student)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler, about its own insides
         try:
@@ -51,12 +76,51 @@ def compile_objective(objective: Objective, batch: Batch, *, backend: str | Call
                 "set train.compile=false"
             ) from error
     for name, wanted, found in zip(("output", "gradient", "tangent"), eager, compiled, strict=True):
-        difference = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
-        if not difference <= TOLERANCE:
-            raise FewstepError(
-                f"train.compile: the compiled {name} differs from the eager one by {difference:.2g} (relative): "
-                "this network cannot be compiled, set train.compile=false"
-            )
+        _check_same(name, wanted, found)
+
+
+def compile_teacher(net: nn.Module, batch: Batch, *, backend: str | Callable[..., object] = "inductor") -> None:
+    """Compile a frozen network in place, and compare what it says of ``batch`` with eager mode.
+
+    What does not compile of it, such as the hooks of other projects' networks, stays eager. ``EnvironmentFault`` and
+    ``FewstepError`` as for the student.
+    """
+    eager = _velocity(net, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            net.compile(dynamic=False, backend=backend)
+            compiled = _velocity(net, batch)
+        except Exception as error:
+            raise EnvironmentFault(
+                f"train.compile: torch.compile fails for the teacher ({type(error).__name__}: {_first_line(error)}); "
+                "set train.compile=false"
+            ) from error
+    _check_same("output of the teacher", eager, compiled)
+
+
+@torch.no_grad()
+def _velocity(net: nn.Module, batch: Batch) -> Tensor:
+    t = Key(0).uniform("compile_time", batch.index).to(torch.float32)
+    with torch.autocast(batch.x.device.type, enabled=False):
+        return torch.as_tensor(net(batch.x, t, t, batch.label))
+
+
+def norms_in_parts(net: nn.Module) -> None:
+    """Let the layer and group norms of a network with weights of their own normalise first and multiply then, in place:
+    the same up to rounding, and compiled forward mode fails on their fused form."""
+    for module in net.modules():
+        if type(module) in _IN_PARTS and module.weight is not None:
+            module.__class__ = _IN_PARTS[type(module)]
+
+
+def _check_same(name: str, wanted: Tensor, found: Tensor) -> None:
+    difference = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+    if not difference <= TOLERANCE:
+        raise FewstepError(
+            f"train.compile: the compiled {name} differs from the eager one by {difference:.2g} (relative): "
+            "this network cannot be compiled, set train.compile=false"
+        )
 
 
 def _compiled_derivative(backend: str | Callable[..., object]) -> Derivative:
@@ -89,7 +153,7 @@ def _results(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor, Tensor
 
 def _uncompiled_layer(net: nn.Module) -> str | None:
     for name, module in net.named_modules():
-        if isinstance(module, _UNCOMPILED) and module.weight is not None:
+        if isinstance(module, _UNCOMPILED) and module.weight is not None and type(module) not in _COMPILED:
             return f"{name} ({type(module).__name__} with weights)"
     return None
 

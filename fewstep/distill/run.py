@@ -27,6 +27,7 @@ from fewstep.console import say
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import load_data
 from fewstep.distill.averages import keep_snapshot
+from fewstep.distill.compiled import compile_teacher
 from fewstep.distill.export import export, noise_config
 from fewstep.distill.flow_maps.config import FlowMapBlock, TrajectoryConfig
 from fewstep.distill.log import MetricsLog
@@ -261,6 +262,10 @@ def _train_stages(
     previous_weights, finished = position.previous, position.finished
     seconds, metrics = position.seconds, {}
     exported: dict[int, Tensors] = {}
+    teacher = None if request.teacher is None else request.teacher.net
+    # Not for pairs: their files are the same bytes whoever makes them.
+    if settings.compile and teacher is not None and all(stage.pairs is None for stage in stages):
+        compile_teacher(teacher, source.batch(begun))
     for number in range(position.stage, len(stages)):
         stage = stages[number]
         here = number == position.stage

@@ -13,10 +13,11 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import digits
-from fewstep.distill.compiled import compile_objective
+from fewstep.distill.compiled import compile_objective, compile_teacher, norms_in_parts
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.tangent import central_difference, forward_derivative
 from fewstep.errors import EnvironmentFault, FewstepError, UsageError
+from fewstep.teachers.network import NetworkField, freeze
 
 BACKEND = "aot_eager"
 """Traces and differentiates as the default backend does, and generates no code."""
@@ -72,25 +73,94 @@ def test_an_objective_without_a_derivative() -> None:
 
 
 class Normed(nn.Module):
-    """A network with a normalisation, with or without weights of its own."""
+    """A network with a normalisation: of images of four channels, or of vectors."""
 
-    def __init__(self, affine: bool) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.inner = nn.Linear(64, 64)
-        self.norm = nn.LayerNorm(64, elementwise_affine=affine)
+        self.norm = norm
+        vectors = isinstance(norm, nn.BatchNorm1d) or getattr(norm, "normalized_shape", 0) == (64,)
+        self.shape = (64,) if vectors or getattr(norm, "num_channels", 0) == 64 else (4, 4, 4)
 
     def forward(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Tensor | None = None) -> Tensor:
-        h = self.norm(self.inner(x.flatten(1)) + t_B[:, None]) * r_B[:, None].exp()
-        return h.reshape(x.shape)
+        h = (self.inner(x.flatten(1)) + t_B[:, None]).unflatten(1, self.shape)
+        return self.norm(h).reshape(x.shape) * r_B[:, None, None, None].exp()
+
+
+def drawn(norm: nn.Module) -> nn.Module:
+    """With weights unlike those it starts with."""
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1.0, 0.5)
+    return norm
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "LayerNorm": lambda: nn.LayerNorm(64),
+    "LayerNorm without bias": lambda: nn.LayerNorm((4, 4, 4), bias=False),
+    "LayerNorm without weights": lambda: nn.LayerNorm(64, elementwise_affine=False),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "GroupNorm of vectors": lambda: nn.GroupNorm(4, 64),
+    "GroupNorm without weights": lambda: nn.GroupNorm(2, 4, affine=False),
+}
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm"])
+def test_norms_compile_with_their_weights(name: str) -> None:
+    """In two parts: output, gradient of every weight and tangent are checked against eager mode on the way, and the
+    weights keep their names."""
+    net = Normed(drawn(NORMS[name]()))
+    names = list(net.state_dict())
+    objective = meanflow(net)
+    compile_objective(objective, batch(), backend=BACKEND)
+    assert list(net.state_dict()) == names
+    assert isinstance(net.norm, nn.LayerNorm if name == "LayerNorm" else nn.GroupNorm)
+    compile_objective(objective, batch(), backend=BACKEND)  # of a copy of it, say
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_in_parts_are_the_norms(name: str) -> None:
+    """Value, gradients and, where nobody compiles, the forward derivative too. In float64."""
+    results = []
+    for parts in (False, True):
+        torch.manual_seed(3)
+        net = Normed(drawn(NORMS[name]())).double()
+        if parts:
+            norms_in_parts(net)
+        x, v = (torch.randn(5, 1, 8, 8, dtype=torch.float64) for _ in range(2))
+        t = torch.rand(5, dtype=torch.float64)
+        y = net(x, t, t / 2)
+        gradients = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        results.append((y, forward_derivative(net, x, v, t, t / 2, None), *gradients))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_layers_that_do_not_compile_are_refused_by_name() -> None:
-    compile_objective(meanflow(Normed(affine=False)), batch(), backend=BACKEND)
-    with pytest.raises(UsageError, match=r"the student's layer norm \(LayerNorm with weights\) does not compile"):
-        compile_objective(meanflow(Normed(affine=True)), batch(), backend=BACKEND)
-    differences = meanflow(Normed(affine=True))
+    with pytest.raises(UsageError, match=r"the student's layer norm \(BatchNorm1d with weights\) does not compile"):
+        compile_objective(meanflow(Normed(nn.BatchNorm1d(64).eval())), batch(), backend=BACKEND)
+    differences = meanflow(Normed(nn.BatchNorm1d(64).eval()))
     differences.derivative = central_difference(1e-2)
     compile_objective(differences, batch(), backend=BACKEND)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_compiled_teacher_is_checked(factor: float) -> None:
+    """It is compiled in place; one that says something else then is refused, and so is a compiler that is none."""
+    net = freeze(tiny.network(two_times=False))
+    x, t, label = batch().x, torch.rand(8), batch().label
+    wanted = net(x, t, t, label)
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *arguments: tuple(factor * output for output in module(*arguments))
+
+    if factor == 1.0:
+        compile_teacher(net, batch(), backend=compiler)
+        torch.testing.assert_close(NetworkField(net)(x, t, label), wanted)
+    else:
+        with pytest.raises(FewstepError, match=r"the compiled output of the teacher differs .* by 0\.01"):
+            compile_teacher(net, batch(), backend=compiler)
+    with pytest.raises(EnvironmentFault, match="fails for the teacher"):
+        compile_teacher(freeze(tiny.network(two_times=False)), batch(), backend="no_such_backend")
 
 
 class Rounded(torch.autograd.Function):
