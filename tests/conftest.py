@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
     """Take what is imported out of the garbage collector's rounds: accelerate asks for a full one after every training,
     which over the objects of all packages takes longer than a small training."""
     gc.collect()

@@ -118,7 +118,7 @@ def test_training_from_a_teacher_in_bfloat16(trained: Path, tmp_path: Path) -> N
 
 def accumulated(objective: Objective, parts: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
     config = TrainConfig.model_validate({**tiny.CONFIG.model_dump(), "gradient_accumulation_steps": parts})
-    *_, state = states = list(tiny.run(objective, 4, config=config))
+    *_, state = states = list(tiny.run(objective, 2, config=config))
     losses, norms = ([getattr(state, name) for state in states] for name in ("loss", "grad_norm"))
     return losses, norms, dict(state.student.state_dict())
 
