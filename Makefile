@@ -34,6 +34,9 @@ test-fast: $(STAMP)  ## the suite without the tests marked slow
 test-all: $(STAMP)  ## the suite and the tests marked thorough: the same at more points
 	$(BIN)/python -m pytest $(PARALLEL)
 
+bench: $(STAMP)  ## the small set of benchmarks beside the peers (five minutes): runs/bench.jsonl and a table
+	$(BIN)/python benchmarks/speed.py run --out runs/bench.jsonl
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +49,4 @@ format: $(STAMP)  ## let ruff rewrite
 clean:  ## remove .venv and caches (runs stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install demo test test-fast test-all lint format clean
+.PHONY: help install demo test test-fast test-all bench lint format clean

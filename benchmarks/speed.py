@@ -74,12 +74,14 @@ def _train(row: Row) -> list[Figure]:
 
 
 def _objectives(row: Row) -> list[Figure]:
-    ratio = "cpu_ratio" if row["device"] == "cpu" else "ratio"
+    ratio, textbook = ("cpu_ratio", "textbook_cpu_ratio") if row["device"] == "cpu" else ("ratio", "textbook_ratio")
     found = []
     for cost in row["objectives"]:
+        step = f"{cost['name']} step, {row['size']}"
         if cost["name"] != "flow_matching":
-            step = f"{cost['name']} step, {row['size']}"
             found.append(Figure(step, "flow matching", **cost[ratio]))
+        if cost["name"] == "meanflow" and cost.get(textbook):
+            found.append(Figure(step, "meanflow-textbook", **cost[textbook]))
     return found
 
 
@@ -111,7 +113,7 @@ def _sample(row: Row) -> list[Figure]:
             middle, low, high = (1 + way[which][name] / 100 for name in ("median", "low", "high"))
             one = "a sample" if batch["batch_size"] == 1 else "a batch"
             name = f"{'' if ours else way['of'].split()[0] + ': '}{way['name']}, {one}"
-            note = f"a call of {batch['call_ms']['median']:.1f} ms; {way['own_us']:.0f} us of its own per call"
+            note = f"calls of {batch['call_ms']['median']:.1f} ms; {way['own_us']:.0f} us each of its own"
             beside = f"{way['calls']} bare calls of {row['network']}"
             if way["of"] != "torch":
                 found.append(Figure(name, beside, middle, low, high, "overhead", note, ours))
