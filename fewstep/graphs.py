@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.condition import Condition
 from fewstep.keys import Key
-from fewstep.sampling import FieldSampler, MapSampler, OdeSampler, Samples
+from fewstep.sampling import FieldSampler, MapSampler, OdeSampler, Samples, fresh_noise
 from fewstep.sources import Source
 
 Work = Callable[[], Samples]
@@ -49,11 +49,11 @@ def to_stderr(sentence: str) -> None:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Fixed tensors that a replay reads and writes; ``fresh`` is noise by purpose and step of its key."""
+    """Fixed tensors that a replay reads and writes; ``fresh`` is the noise of the nodes where there is some."""
 
     noise: Tensor
     label_B: Tensor | None
-    fresh: dict[tuple[str, int], Tensor]
+    fresh: list[Tensor]
     samples: Samples
     replay: Callable[[], None]
 
@@ -102,12 +102,12 @@ class GraphSampler:
         return self._replayed(self._graphs[which], noise, label_B, key, index_B)
 
     def _captured(self, steps: int, noise: Tensor, label_B: Tensor | None, key: Key, index_B: Tensor) -> _Graph:
-        fresh: dict[tuple[str, int], Tensor] = {}
+        fresh: list[Tensor] = []
 
         def kept(key: Key, purpose: str, index_B: Tensor, shape: tuple[int, ...]) -> Tensor:
-            if (purpose, key.step) not in fresh:
-                fresh[purpose, key.step] = self.source(key, purpose, index_B, shape)
-            return fresh[purpose, key.step]
+            if key.step == len(fresh):
+                fresh.append(self.source(key, purpose, index_B, shape))
+            return fresh[key.step]
 
         own_noise, own_label = noise.clone(), None if label_B is None else label_B.clone()
         sampler = replace(self.sampler, source=kept)
@@ -119,7 +119,8 @@ class GraphSampler:
         graph.noise.copy_(noise)
         if graph.label_B is not None and label_B is not None:
             graph.label_B.copy_(label_B)
-        for (purpose, step), buffer in graph.fresh.items():
-            buffer.copy_(self.source(Key(key.seed, step), purpose, index_B, tuple(buffer.shape[1:])))
+        drawn = fresh_noise(self.source, key.seed, index_B, tuple(noise.shape[1:]), len(graph.fresh))
+        for buffer, new in zip(graph.fresh, drawn, strict=True):
+            buffer.copy_(new)
         graph.replay()
         return Samples(graph.samples.x.clone(), graph.samples.nfe)

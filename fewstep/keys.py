@@ -11,7 +11,7 @@ and high, step). It runs in int64 arithmetic and gives the same bits on every de
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -85,6 +85,17 @@ class Key:
             _count(tensor, torch.arange(blocks, device=device), index_B, step)
             words = torch.stack(philox(tensor.unbind(0), key), dim=-1)
         return words.reshape(len(index_B), 4 * blocks)[:, :count]
+
+
+@dataclass(frozen=True, eq=False)
+class StepsKey(Key):
+    """A key under which every row has a step of its own, ``step_B [B]`` int64: numbers of several steps in one draw,
+    each those that it would have alone."""
+
+    step_B: Tensor = field(kw_only=True)
+
+    def _words(self, purpose: str, index_B: Tensor, count: int, step_B: Tensor | None = None) -> Tensor:
+        return super()._words(purpose, index_B, count, self.step_B)
 
 
 def _count(counter: Any, block: Any, index_B: Any, step: int | Tensor) -> None:

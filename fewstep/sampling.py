@@ -7,7 +7,8 @@ Nothing is read back from the device of the samples: a grid on the CPU is checke
 are filled in where they are needed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from fewstep.condition import Condition
 from fewstep.flow import LINEAR, FlowMap, VelocityField, uniform_grid
-from fewstep.keys import Key
-from fewstep.sources import Source, gaussian
+from fewstep.keys import Key, StepsKey
+from fewstep.sources import SOURCES, Source, gaussian
 
 Solver = Literal["euler", "heun", "midpoint"]
 
@@ -117,14 +118,35 @@ def sample_renoise(
         raise ValueError(f"a re-noising grid ends at t = 0, got {nodes[-1]:g}")
     jump = _jump(flow_map, [(t, 0.0) for t in nodes[:-1]])
     x, zero_B, t_B = noise, _full(0.0, noise), _full(nodes[0], noise)
+    fresh = fresh_noise(source, key.seed, index_B, tuple(x.shape[1:]), len(nodes) - 2)
     for k, r in enumerate(nodes[1:]):
         data = jump(x, t_B, zero_B, label_B)
         if r == 0:
             return Samples(data, (k + 1) * flow_map.nfe)
-        fresh = source(Key(key.seed, k), "renoise", index_B, tuple(x.shape[1:])).to(x)
         t_B = _full(r, noise)
-        x = LINEAR.state(data, fresh, t_B)
+        x = LINEAR.state(data, next(fresh).to(x), t_B)
     raise AssertionError("unreachable: the grid ends at 0")
+
+
+AT_ONCE = 2**16
+"""So many numbers cost hardly more than one."""
+
+
+def fresh_noise(
+    source: Source, seed: int, index_B: Tensor, shape: tuple[int, ...], count: int
+) -> Generator[Tensor, None, None]:
+    """The noise ``[B, *shape]`` that ``sample_renoise`` takes at its nodes ``0 .. count - 1``.
+
+    Keyed noise is the same whatever is drawn with it: of small batches, all nodes are drawn at once. Another source
+    may count its calls, and is called for one node after the other.
+    """
+    if source not in SOURCES.values() or count * len(index_B) * math.prod(shape) > AT_ONCE:
+        for k in range(count):
+            yield source(Key(seed, k), "renoise", index_B, shape)
+        return
+    step_B = torch.arange(count, device=index_B.device)[:, None].expand(-1, len(index_B)).flatten()
+    drawn = source(StepsKey(seed, step_B=step_B), "renoise", index_B.repeat(count), shape)
+    yield from drawn.reshape(count, len(index_B), *shape)
 
 
 Window = tuple[float, float]

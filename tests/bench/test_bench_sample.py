@@ -138,7 +138,7 @@ def test_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sample._measured(net(), given, ways, 3, CPU, lambda done: None)
     assert "".join(turns) == "-aaaa-bbbb-c" + "b-bbbc-a-aaa" + "-c-aaaa-bbbb"
     costs = {cost.name: cost for cost in found.ways}
-    assert (found.batch_size, found.call_ms) == (5, Spread(2, 2, 2))
+    assert (found.batch_size, found.call_ms, found.call_cpu_ms) == (5, Spread(2, 2, 2), Spread(1, 1, 1))
     assert [round(costs[name].overhead.median, 9) for name in "abc"] == [10, 100, -25]
     assert [round(costs[name].cpu_overhead.median, 9) for name in "abc"] == [5, 0, -50]
     assert [costs[name].own_us and round(costs[name].own_us, 6) for name in "abc"] == [1050, 1000, None]
