@@ -12,8 +12,8 @@ def assumptions(
     train = case.config.train
     found = [
         f"products reach {efficiency:g} of the peak ({_peaks(accelerator, tf32)}); measure it and give --efficiency",
-        "a step takes as long as the slowest of products, memory traffic and launches, one behind the other two; then "
-        "the optimiser",
+        "kernels run one after the other: products, and between them what reads and writes memory at its full "
+        "bandwidth; launches go on meanwhile, and the optimiser follows",
         "which networks a step calls, on how many rows, was observed on networks of few weights, in four steps of each "
         "stage; operations, traffic and memory are those of the run's own networks, gone through without numbers",
         "operations are those of matrix products and convolutions, recomputation in attention's backward pass included",
@@ -24,8 +24,8 @@ def assumptions(
         found.append("every operation takes 6 us to be launched, and attention is a fused kernel")
     if train.compile:
         found.append(
-            "compiled, what lies between products moves no bytes of its own; launches and memory are those of eager "
-            "mode: upper bounds"
+            "compiled, what lies between products takes no time; launches and memory are those of eager mode: upper "
+            "bounds"
         )
     else:
         found.append("eager mode: every kernel reads and writes memory, whatever a cache may keep")

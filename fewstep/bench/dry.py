@@ -5,7 +5,6 @@ tensors are torch's fake ones, so a network of any size takes seconds and no mem
 """
 
 import contextlib
-import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ class DryStep:
 
 
 def dry_step(
-    build: Callable[[], Mapping[Role, nn.Module]],
+    nets: Mapping[Role, nn.Module],
     calls: Sequence[Call],
     shape: tuple[int, ...],
     classes: int,
@@ -53,21 +52,19 @@ def dry_step(
     gpu: bool = True,
     kept: bool = True,
     microbatches: int = 1,
+    fake: FakeTensorMode,
 ) -> DryStep:
     """Go through ``calls`` one after the other, then backward through all that are trained, ``microbatches`` times.
 
-    ``build`` makes the networks; it is called where tensors are fake. ``rows`` says how many rows a call has, ``mixed``
+    ``nets`` were made within ``fake`` and are left without gradients. ``rows`` says how many rows a call has, ``mixed``
     whether bfloat16 is asked for, ``gpu`` whose kernels and whose autocast are meant: a GPU's, or the CPU's. Gradients
-    stay where they are with ``kept``, else each is freed at once, as where they are reduced and sharded. Peaks of
-    later microbatches include the gradients of the first; arithmetic, traffic and kernels are of one microbatch.
+    stay where they are with ``kept``, else each is freed at once, as where they are reduced and sharded. What is
+    counted is the last microbatch, and the peak is that of all: later ones find the gradients of the first.
     """
-    with FakeTensorMode():
-        nets = build()
-        tally = Tally([*nets.values()])
-        if not kept:
-            for parameter in itertools.chain.from_iterable(net.parameters() for net in nets.values()):
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(_forget)
+    trained = [each for net in nets.values() for each in net.parameters() if each.requires_grad]
+    hooks = [] if kept else [each.register_post_accumulate_grad_hook(_forget) for each in trained]
+    tally = Tally([*nets.values()])
+    with fake:
         for _ in range(microbatches):
             with tally:
                 tally.counted = Counted()
@@ -76,15 +73,19 @@ def dry_step(
                 forward = tally.counted.flops.total()
                 torch.autograd.backward([output.float().square().mean() for output in outputs])
                 del outputs
-        counted = tally.counted
-        return DryStep(
-            flops=dict(counted.flops),
-            backward_share=1 - forward / max(counted.flops.total(), 1),
-            traffic=counted.traffic,
-            product_traffic=counted.product_traffic,
-            kernels=counted.kernels,
-            peak=tally.peak,
-        )
+    for hook in hooks:
+        hook.remove()
+    for parameter in trained:
+        parameter.grad = None
+    counted = tally.counted
+    return DryStep(
+        flops=dict(counted.flops),
+        backward_share=1 - forward / max(counted.flops.total(), 1),
+        traffic=counted.traffic,
+        product_traffic=counted.product_traffic,
+        kernels=counted.kernels,
+        peak=tally.peak,
+    )
 
 
 def _outputs(

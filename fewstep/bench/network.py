@@ -29,7 +29,7 @@ from fewstep.bench.measure import (
 from fewstep.distill.tangent import forward_derivative
 from fewstep.errors import EnvironmentFault, UsageError, nearest
 from fewstep.networks.build import build_network, parameter_count
-from fewstep.networks.config import SIZES
+from fewstep.networks.config import LARGE, SIZES
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ def bench_networks(
     compiled: bool = False,
     report: Reported = unreported,
 ) -> NetworkBench:
-    """Measure the named networks, or all that take samples of ``shape`` where none is named, in a ``precision`` as
-    ``train.precision`` has it and compiled as ``train.compile`` does it. ``EnvironmentFault`` where there is no working
-    compiler.
+    """Measure the named networks, or all that take samples of ``shape`` and are not ``LARGE`` where none is named.
+
+    ``precision`` and ``compiled`` are as ``train.precision`` and ``train.compile`` have them; ``EnvironmentFault`` where
+    there is no working compiler.
 
     In every round each network does everything once, and every round starts with another one, so that whatever else the
     machine does meets all of them. What comes before the first round is not counted.
@@ -180,7 +181,7 @@ def _build(sizes: Sequence[str], shape: tuple[int, ...], classes: int) -> dict[s
         if size not in SIZES:
             raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
     nets: dict[str, nn.Module] = {}
-    for size in sizes or SIZES:
+    for size in sizes or [size for size in SIZES if size not in LARGE]:
         torch.manual_seed(0)
         try:
             nets[size] = build_network(SIZES[size], shape, classes, two_times=True)

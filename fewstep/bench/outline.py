@@ -73,12 +73,14 @@ def _teacher(teacher: TeacherConfig, config: RunConfig, assumed: list[str]) -> t
     if not isinstance(teacher, RunTeacher):
         return _student_like(f"the teacher {teacher.path}", config, assumed), teacher.noise
     path = Path(teacher.path)
+    copied = config.student.init == "teacher" and config.student.network is not None
     if path.exists():
         card = read_model(path).card
-        return TypeAdapter(NetworkConfig).validate_python(card["network"]), NoiseConfig.model_validate(
-            card.get("noise", {})
-        )
-    if path == Path("runs") / path.name and path.name in recipe_names():
+        network: NetworkConfig = TypeAdapter(NetworkConfig).validate_python(card["network"])
+        if copied and network != config.student.network:
+            raise UsageError(f"student.network differs from that of the teacher {path}, which the student starts from")
+        return network, NoiseConfig.model_validate(card.get("noise", {}))
+    if not copied and path == Path("runs") / path.name and path.name in recipe_names():
         recipe = load_config(path.name)
         assert isinstance(recipe.objective, FlowMatchingConfig)
         if recipe.student.network is not None:
@@ -91,8 +93,8 @@ def _student_like(what: str, config: RunConfig, assumed: list[str]) -> NetworkCo
     """The student's own network in the place of a teacher's that cannot be read here."""
     if config.student.network is None:
         raise UsageError(
-            f"{what} is not read for a plan, so its network has to be named: give student.network, for example "
-            "student.network.size=flot-small"
+            f"{what} is not there, or not of a kind that plans read, so its network has to be named: give "
+            "student.network, for example student.network.size=flot-small"
         )
     assumed.append(f"{what} has the student's network")
     return config.student.network

@@ -1,7 +1,7 @@
 """What a run would cost on given GPUs, on paper: arithmetic, memory by part, time. Nothing is started.
 
 Operations, traffic and activations are those of ``dry.dry_step``, weights and what belongs to them are counted, and
-times are those of a roofline: the slowest of products, memory traffic, launches and exchange.
+times add up what products take at a share of the peak and what the kernels between them take to read and write.
 """
 
 import math
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from fewstep.bench.accelerators import Accelerator
 from fewstep.bench.assumptions import assumptions
@@ -26,8 +27,8 @@ from fewstep.networks.embeddings import to_bfloat16
 from fewstep.teachers.config import ForeignTeacher, RunTeacher
 from fewstep.teachers.network import freeze
 
-EFFICIENCY = 0.35
-"""Share of the peak that products are taken to reach until somebody has measured it."""
+EFFICIENCY = 0.5
+"""Share of the peak that products are taken to reach until somebody has measured it: they alone, not the whole step."""
 RESERVE = 0.1
 """Share of a GPU's memory that is left to its context, to libraries and to gaps between tensors."""
 LAUNCH_S = 6e-6
@@ -57,9 +58,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class StageCost:
-    """An optimiser step of one stage on every GPU, in seconds: of products, of memory traffic and of launches, of which
-    the slowest counts; of the exchange that these do not hide; of optimiser and averages; and in all. ``flops`` is per
-    sample."""
+    """An optimiser step of one stage on every GPU, in seconds: of products; of the memory traffic between them, where
+    one kernel follows the other; of launches, which go on beside both; of the exchange that these do not hide; of
+    optimiser and averages; and in all. ``flops`` is per sample."""
 
     name: str
     steps: int
@@ -76,7 +77,7 @@ class StageCost:
 @dataclass(frozen=True)
 class Plan:
     """A run on ``gpus`` of a kind. ``forward_flops`` is of one sample through the student; ``microbatch`` what a GPU
-    takes at once, and ``largest`` how many samples it could."""
+    takes at once, and ``largest`` how many samples it could (None: not looked for)."""
 
     name: str
     objective: str
@@ -91,7 +92,7 @@ class Plan:
     forward_flops: int
     batch_size: int
     microbatch: int
-    largest: int
+    largest: int | None
     stages: tuple[StageCost, ...]
     assumptions: tuple[str, ...]
 
@@ -114,6 +115,13 @@ class Plan:
         return sum(stage.steps * stage.step_s for stage in self.stages) / 3600
 
     @property
+    def utilisation(self) -> float:
+        """Share of the GPUs' peak that the whole run reaches, every operation at that of the run's precision."""
+        peak = self.accelerator.bf16 if self.precision == "bf16" else self.accelerator.fp32
+        flops = sum(stage.steps * stage.flops * self.batch_size for stage in self.stages)
+        return flops / (3600 * self.hours * self.gpus * 1e12 * peak)
+
+    @property
     def samples_per_s(self) -> float:
         steps = sum(stage.steps for stage in self.stages)
         return steps * self.batch_size / (3600 * self.hours)
@@ -125,6 +133,7 @@ class Plan:
             "capacity_bytes": self.capacity,
             "fits": self.fits,
             "samples_per_s": self.samples_per_s,
+            "utilisation": self.utilisation,
             "hours": self.hours,
             "gpu_hours": self.hours * self.gpus,
         }
@@ -139,8 +148,10 @@ def make_plan(
     efficiency: float = EFFICIENCY,
     tf32: bool = False,
     cpu: bool = False,
+    search: bool = True,
 ) -> Plan:
     """Plan a run on ``gpus`` accelerators of one node; ``cpu`` if the accelerator is one, whose kernels are others.
+    With ``search`` the largest microbatch that fits is looked for, which takes most of the time.
 
     ``UsageError`` for a batch that does not divide among the GPUs, and for several GPUs without a link.
     """
@@ -155,9 +166,9 @@ def make_plan(
     observed = stage_calls(case, rows)
     stages = tuple(work.stage(stage, rows) for stage in observed)
     fullest = max(range(len(stages)), key=lambda number: stages[number].memory.total)
-    with FakeTensorMode():
-        student = work.networks(())["student"]
-        params, flops = parameter_count(student), forward_flops(student, case.shape)
+    student = work.networks(observed[0].held)["student"]
+    with work.fake:
+        flops = forward_flops(student, case.shape)
     return Plan(
         name=case.config.name,
         objective=case.config.objective.kind,
@@ -168,11 +179,11 @@ def make_plan(
         efficiency=efficiency,
         shape=case.shape,
         classes=case.classes,
-        params=params,
+        params=parameter_count(student),
         forward_flops=flops,
         batch_size=train.batch_size,
         microbatch=rows,
-        largest=work.largest(observed[fullest], rows),
+        largest=work.largest(observed[fullest], rows) if search else None,
         stages=stages,
         assumptions=assumptions(case, accelerator, gpus, efficiency=efficiency, tf32=tf32, reserve=RESERVE, cpu=cpu),
     )
@@ -201,10 +212,22 @@ class _Work:
         self.tf32, self.cpu = tf32, cpu
         self.train: TrainConfig = case.config.train
         self.sharded = self.train.parallel == "fsdp2" and gpus > 1
+        self.fake = FakeTensorMode()
+        self._nets: dict[tuple[Role, ...], dict[Role, nn.Module]] = {}
         self._dry: dict[Any, DryStep] = {}
 
     def networks(self, held: tuple[Role, ...]) -> dict[Role, nn.Module]:
-        """The run's networks, freshly made: to be called where tensors are fake."""
+        """The run's networks, of fake tensors."""
+        if held not in self._nets:
+            with self.fake:
+                self._nets[held] = self._made(held)
+        return self._nets[held]
+
+    def sizes(self, held: tuple[Role, ...]) -> dict[Role, "_Sizes"]:
+        """Of the run's networks."""
+        return {role: self._sizes(net) for role, net in self.networks(held).items()}
+
+    def _made(self, held: tuple[Role, ...]) -> dict[Role, nn.Module]:
         case, student, teacher = self.case, self.case.config.student, self.case.config.teacher
 
         def net(config: NetworkConfig, **options: Any) -> nn.Module:
@@ -221,7 +244,9 @@ class _Work:
             if config is not None:
                 nets[role] = freeze(net(config, two_times=False))
                 if isinstance(teacher, RunTeacher | ForeignTeacher) and teacher.precision == "bf16":
-                    to_bfloat16(nets[role])
+                    with unset_fake_temporarily(), torch.device("meta"):
+                        halved = to_bfloat16(net(config, two_times=False))
+                    _retype(nets[role], halved)
         return nets
 
     def dry(self, calls: tuple[Call, ...], held: tuple[Role, ...], rows: int, microbatch: int) -> DryStep:
@@ -232,7 +257,7 @@ class _Work:
                 call for call in calls if call.role not in ("teacher", "weak") or self.case.teacher is not None
             )
             self._dry[key] = dry_step(
-                lambda: self.networks(held),
+                self.networks(held),
                 known,
                 self.case.shape,
                 self.case.classes,
@@ -241,6 +266,7 @@ class _Work:
                 gpu=not self.cpu,
                 kept=not self.sharded,
                 microbatches=min(2, self.train.gradient_accumulation_steps),
+                fake=self.fake,
             )
         return self._dry[key]
 
@@ -259,15 +285,15 @@ class _Work:
                 for number, step in enumerate(steps)
             }
         )
-        products /= self.efficiency
+        moved = mean({n: step.product_traffic for n, step in enumerate(steps)}) / (1e9 * gpu.bandwidth)
+        products = max(products / self.efficiency, moved)
+        between = mean({n: step.traffic - step.product_traffic for n, step in enumerate(steps)})
         # A compiler fuses what lies between products into them.
-        moved = {n: step.product_traffic if self.train.compile else step.traffic for n, step in enumerate(steps)}
-        traffic = mean(moved) / (1e9 * gpu.bandwidth)
+        traffic = 0.0 if self.train.compile else between / (1e9 * gpu.bandwidth)
         launches = 0.0 if self.cpu else mean({n: step.kernels for n, step in enumerate(steps)}) * LAUNCH_S
-        busy = max(products, traffic, launches)
+        busy = max(products + traffic, launches)
         backward = sum(share * step.backward_share for share, _, step in ways)
-        with FakeTensorMode():
-            sizes = {role: self._sizes(net) for role, net in self.networks(stage.held).items()}
+        sizes = self.sizes(stage.held)
         exchange = self._exchange(sizes, ways, busy, backward)
         optimiser = self._optimiser_bytes(sizes) / (1e9 * gpu.bandwidth)
         return StageCost(
@@ -291,8 +317,7 @@ class _Work:
             peak = max(self.dry(calls, stage.held, rows_, rows).peak for _, calls in stage.ways)
             return self._memory(sizes, peak).total
 
-        with FakeTensorMode():
-            sizes = {role: self._sizes(net) for role, net in self.networks(stage.held).items()}
+        sizes = self.sizes(stage.held)
         few, many = rows * 8, rows * 16  # where gradients no longer are what is largest
         each = (total(many) - total(few)) / (many - few)
         fixed = total(few) - each * few
@@ -397,3 +422,11 @@ class _Work:
         alone = own.trained_shard if self.sharded else own.trained
         averages = len(self.train.ema) + sum(role == "target" for role in sizes)
         return 8 * self._trained_bytes(sizes) + 3 * averages * alone
+
+
+def _retype(net: nn.Module, like: nn.Module) -> None:
+    """Give fake parameters the types of others: they cannot be converted themselves."""
+    for path, parameter in like.named_parameters():
+        module, _, name = path.rpartition(".")
+        made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+        net.get_submodule(module).register_parameter(name, made)

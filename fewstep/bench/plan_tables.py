@@ -48,13 +48,14 @@ def plan_table(plan: Plan) -> Table:
             table.add_row(f"{unit} of {_PARTS[part]}", f"{size / size_of:,.2f}")
     table.add_row(f"{unit} in all, on each GPU", f"{memory.total / size_of:,.2f}")
     table.add_row("samples a GPU takes at once", f"{plan.microbatch:,}")
-    table.add_row("most that fit", f"{plan.largest:,}")
+    if plan.largest is not None:
+        table.add_row("most that fit", f"{plan.largest:,}")
     table.add_section()
     for stage in plan.stages:
         bounds = {
             "products": stage.products_s,
-            "memory traffic": stage.traffic_s,
-            "launches": stage.launches_s,
+            "memory traffic between products": stage.traffic_s,
+            "launches, beside both": stage.launches_s,
         }
         for name, seconds in bounds.items():
             table.add_row(f"ms of {name}{_of(plan, stage.name)}", f"{1e3 * seconds:,.2f}")
@@ -64,6 +65,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(f"ms of a step{_of(plan, stage.name)}", f"{1e3 * stage.step_s:,.2f}")
     table.add_section()
     steps = sum(stage.steps for stage in plan.stages)
+    table.add_row("share of the peak reached", f"{plan.utilisation:.1%}")
     table.add_row("samples per second", f"{plan.samples_per_s:,.0f}")
     table.add_row(f"hours for {steps:,} steps of {plan.batch_size:,}", f"{plan.hours:,.3g}")
     table.add_row("GPU-hours", f"{plan.hours * plan.gpus:,.3g}")

@@ -83,6 +83,9 @@ SIZES: dict[str, MLPConfig | FloTConfig | UNetConfig] = {
     "flot-mini": FloTConfig(width=192, depth=7, heads=6),
     "flot-small": FloTConfig(width=384, depth=10, heads=6),
     "flot-base": FloTConfig(width=512, depth=15, heads=8),
+    # Width, depth and heads of DiT-L and DiT-XL (2212.09748).
+    "flot-large": FloTConfig(width=1024, depth=24, heads=16),
+    "flot-xl": FloTConfig(width=1152, depth=28, heads=16),
     "unet-tiny": UNetConfig(channels=32, multipliers=(1, 1), attention=(4,), head_channels=32),
     "unet-mini": UNetConfig(channels=32, multipliers=(1, 2, 4), attention=(8,), head_channels=32),
     "unet-small": UNetConfig(channels=96, head_channels=32),
@@ -95,6 +98,9 @@ SIZES: dict[str, MLPConfig | FloTConfig | UNetConfig] = {
 Those that share a last word have the same number of parameters within 5 %: on 8 x 8 images of one channel where that is
 ``tiny``, on 32 x 32 images of three otherwise.
 """
+
+LARGE = ("flot-large", "flot-xl")
+"""Those for several GPUs: what goes through all sizes leaves them out."""
 
 
 def _named(value: Any) -> Any:

@@ -322,6 +322,8 @@ def closed_form(config: FloTConfig, shape: tuple[int, int, int], classes: int) -
         ("flot-mini", (3, 32, 32), 4),
         ("flot-small", (3, 32, 32), 20),
         ("flot-base", (3, 32, 32), 55),
+        ("flot-large", (4, 32, 32), 380),
+        ("flot-xl", (4, 32, 32), 560),
     ],
 )
 def test_named_sizes(size: str, shape: tuple[int, int, int], millions: float) -> None:

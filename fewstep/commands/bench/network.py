@@ -21,7 +21,7 @@ from fewstep.console import meter, say, stderr
 def bench_network(
     sizes: Annotated[
         list[str] | None,
-        typer.Argument(help="Named networks (default: all that take the shape).", metavar="[SIZE ...]"),
+        typer.Argument(help="Named networks (default: all that take the shape but the largest).", metavar="[SIZE ...]"),
     ] = None,
     shape: Annotated[str, typer.Option("--shape", help="Shape of a sample: C,H,W of images, D of points.")] = "3,32,32",
     classes: Annotated[int, typer.Option("--classes", min=0, help="Classes (0: unconditional).")] = 10,

@@ -17,7 +17,7 @@ def bench_plan(
     gpu: Annotated[str, typer.Option("--gpu", help="Their kind, by its data sheet.")] = "h100",
     measured: Annotated[bool, typer.Option("--measured", help="Measure this machine's peaks and take them.")] = False,
     efficiency: Annotated[
-        float | None, typer.Option("--efficiency", help="Share of the peak that products reach (default 0.35).")
+        float | None, typer.Option("--efficiency", help="Share of the peak that products reach (default 0.5).")
     ] = None,
     device_peak: Annotated[
         float | None, typer.Option("--device-peak", min=1e-6, help="TFLOP/s of products, in the place of all peaks.")
