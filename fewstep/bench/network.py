@@ -87,8 +87,8 @@ def bench_networks(
 ) -> NetworkBench:
     """Measure the named networks, or all that take samples of ``shape`` and are not ``LARGE`` where none is named.
 
-    ``precision`` and ``compiled`` are as ``train.precision`` and ``train.compile`` have them; ``EnvironmentFault`` where
-    there is no working compiler.
+    ``precision`` and ``compiled`` are as ``train.precision`` and ``train.compile`` have them; ``EnvironmentFault``
+    where there is no working compiler.
 
     In every round each network does everything once, and every round starts with another one, so that whatever else the
     machine does meets all of them. What comes before the first round is not counted.
