@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fewstep.evaluation.features import check_features
 
 _BLOCK = 2048  # rows converted to float64 at a time
 _TILE = 256  # columns of a triangular factor that are multiplied at a time
+_HALF_FROM = 512  # dimensions from which half of a scatter matrix costs visibly less than all of it
 _TOLERATED = 1e-8  # share of the total variance that rounding could cost at worst; it costs 1e-14 in practice
 
 
@@ -58,22 +60,39 @@ def moments(features_ND: Tensor) -> Moments:
     mean = features_ND.mean(0, dtype=torch.float64)
     scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
     for block in features_ND.split(_BLOCK):
-        centred = block.double() - mean
-        scatter.addmm_(centred.T, centred)
+        _add_scatter(scatter, block.double() - mean)
+    if len(mean) > _HALF_FROM:
+        scatter = _mirrored(scatter)
     few = features_ND.double() - mean if n <= len(mean) else None
     return Moments(mean, scatter / (n - 1), n, few)
+
+
+def _add_scatter(scatter_DD: Tensor, centred_ND: Tensor) -> None:
+    """Add ``X' X``; of a large one the lower triangle alone, and some of what lies beside the diagonal."""
+    for start in range(0, len(scatter_DD), _HALF_FROM):
+        end = start + _HALF_FROM
+        scatter_DD[start:end, :end].addmm_(centred_ND[:, start:end].T, centred_ND[:, :end])
+
+
+def _mirrored(square: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    lower = square.tril()
+    return lower + lower.tril(-1).T
 
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets together (Chan, Golub and LeVeque 1979)."""
     n = a.n + b.n
     shift = b.mean - a.mean
-    scatter = a.cov * (a.n - 1) + b.cov * (b.n - 1) + torch.outer(shift, shift) * (a.n * b.n / n)
+    apart = shift * math.sqrt(
+        a.n * b.n / n / (n - 1)
+    )  # first the root: a product of one vector is symmetric to the bit
+    cov = (a.cov * ((a.n - 1) / (n - 1))).add_(b.cov, alpha=(b.n - 1) / (n - 1)).addr_(apart, apart)
     mean = a.mean + shift * (b.n / n)
     few = None
     if a.rows is not None and b.rows is not None and n <= len(mean):
         few = torch.cat((a.rows + (a.mean - mean), b.rows + (b.mean - mean)))
-    return Moments(mean, scatter / (n - 1), n, few)
+    return Moments(mean, cov, n, few)
 
 
 def frechet_distance(ref: Moments, gen: Moments) -> float:
@@ -82,22 +101,67 @@ def frechet_distance(ref: Moments, gen: Moments) -> float:
     return max(0.0, _distance(ref, gen))
 
 
+@dataclass(frozen=True)
+class HalfSplit:
+    """The Fréchet distance of a sample, with most of the bias of its finite size taken away (which may be below 0) and
+    ``plain``. ``whole`` are the sample's moments and ``gram`` is ``congruence`` of the reference's factor with them,
+    None where a covariance is singular."""
+
+    value: float
+    plain: float
+    whole: Moments
+    gram: Tensor | None
+
+
 def half_split(quarters: Sequence[Moments], ref: Moments) -> float:
-    """The Fréchet distance of a sample to ``ref`` less most of the bias that its finite size adds; may be below 0.
+    """The value of ``half_splits``."""
+    return half_splits(quarters, ref).value
+
+
+def half_splits(quarters: Sequence[Moments], ref: Moments) -> HalfSplit:
+    """The Fréchet distance of a sample to ``ref`` less most of the bias that its finite size adds.
 
     ``quarters`` are the moments of four disjoint parts of the sample. The bias of the plain distance is close to
     ``c / n``, so the six halves that they make have twice that of the whole, and ``2 FD_N`` less their mean has none.
-    Where the parts are not equally large, the factor follows from the sizes. Seven distances in all.
+    Where the parts are not equally large, the factor follows from the sizes. Seven distances in all, and four products
+    with the reference's factor: moments are merged after a linear map as before it.
     """
     if len(quarters) != 4:
         raise ValueError(f"half splits are made of four disjoint parts, got {len(quarters)}")
-    a, b, c, d = quarters
-    halves = [merge(*pair) for pair in ((a, b), (c, d), (a, c), (b, d), (a, d), (b, c))]
-    whole = merge(halves[0], halves[1])
-    _check(ref, whole)
-    plain = _distance(ref, whole)
-    added = sum(_distance(ref, half) for half in halves) / len(halves) - plain
-    return plain - added / (sum(whole.n / half.n for half in halves) / len(halves) - 1)
+    parts = [_Part(each, _mapped(ref, each)) for each in quarters]
+    a, b, c, d = parts
+    whole = _both(_both(a, b), _both(c, d))
+    _check(ref, whole.own)
+    plain = _distance(ref, whole.own, whole.gram)
+    distances, ratios = [], []
+    for pair in ((a, b), (c, d), (a, c), (b, d), (a, d), (b, c)):
+        half = _both(*pair)
+        distances.append(_distance(ref, half.own, half.gram))
+        ratios.append(whole.own.n / half.own.n)
+    added = sum(distances) / len(distances) - plain
+    return HalfSplit(plain - added / (sum(ratios) / len(ratios) - 1), max(0.0, plain), whole.own, whole.gram)
+
+
+class _Part(NamedTuple):
+    """Moments of a part of a sample, and those of its image under the reference's factor where that is regular."""
+
+    own: Moments
+    image: Moments | None
+
+    @property
+    def gram(self) -> Tensor | None:
+        return None if self.image is None or self.own.rows is not None else self.image.cov
+
+
+def _mapped(ref: Moments, part: Moments) -> Moments | None:
+    """The moments of ``y B``, where ``B`` is the reference's factor and has full rank."""
+    if ref.rows is not None or ref.factor.shape != part.cov.shape:
+        return None
+    return Moments(part.mean @ ref.factor, congruence(ref.factor, part.cov), part.n)
+
+
+def _both(a: _Part, b: _Part) -> _Part:
+    return _Part(merge(a.own, b.own), None if a.image is None or b.image is None else merge(a.image, b.image))
 
 
 def congruence(factor_DR: Tensor, cov_DD: Tensor) -> Tensor:
@@ -114,8 +178,7 @@ def congruence(factor_DR: Tensor, cov_DD: Tensor) -> Tensor:
     for start in starts:
         end = start + _TILE
         result[start:end, :end] = factor_DR[start:, start:end].T @ product[start:, :end]
-    lower = result.tril()
-    return lower + lower.tril(-1).T
+    return _mirrored(result)
 
 
 def _check(ref: Moments, gen: Moments) -> None:
@@ -127,23 +190,24 @@ def _check(ref: Moments, gen: Moments) -> None:
         warnings.warn(f"{fewest} samples of {dim} features: this Fréchet distance is mostly bias", stacklevel=3)
 
 
-def _distance(ref: Moments, gen: Moments) -> float:
+def _distance(ref: Moments, gen: Moments, gram: Tensor | None = None) -> float:
     spread = float(ref.cov.trace() + gen.cov.trace())
-    return float((ref.mean - gen.mean).square().sum()) + spread - 2 * _trace_of_root(ref, gen, spread)
+    return float((ref.mean - gen.mean).square().sum()) + spread - 2 * _trace_of_root(ref, gen, spread, gram)
 
 
-def _trace_of_root(ref: Moments, gen: Moments, spread: float) -> float:
+def _trace_of_root(ref: Moments, gen: Moments, spread: float, gram: Tensor | None) -> float:
     """``tr (S1 S2)^(1/2)``: with ``S1 = B1 B1'`` and ``S2 = B2 B2'``, the sum of the singular values of ``B1' B2``.
 
     Their squares are the eigenvalues of ``B1' S2 B1`` (or of ``B2' S1 B2``), which cost a quarter of that. But an
     eigenvalue carries a rounding error of the size of the largest one's last digits, and its root, if it should be 0,
     one of 1e-8 instead of 1e-16. So the singular values are taken where a covariance is singular, or where that error
-    could be seen in the sum.
+    could be seen in the sum. ``gram`` is ``B1' S2 B1`` where it is known already.
     """
     few, whole = (gen, ref) if gen.rows is not None else (ref, gen)
     regular = whole.rows is None and (few.rows is not None or few.factor.shape[1] == len(few.mean))
     if regular:
-        gram = congruence(few.factor, whole.cov)
+        if gram is None:
+            gram = congruence(few.factor, whole.cov)
         values = torch.linalg.eigvalsh(gram)
         digit = 2 * torch.finfo(values.dtype).eps * float(values[-1])
         if float(values[0]) > 2 * math.sqrt(len(values)) * digit:

@@ -24,12 +24,12 @@ _HEAVY_SHARE = 0.01
 _MOST = 0.5
 
 
-def frechet_influence(ref: Moments, gen: Moments, features_MD: Tensor) -> Tensor:
+def frechet_influence(ref: Moments, gen: Moments, features_MD: Tensor, gram: Tensor | None = None) -> Tensor:
     """The influence ``[M]`` of generated samples on their Fréchet distance to ``ref``; ``gen`` are their moments.
 
     ``h(y) = 2 (m2 - m1).(y - m2) + (y - m2)' (I - T) (y - m2)`` less its mean, where ``S1 = B B'``, ``M = B' S2 B`` and
     ``T = B M^(-1/2) B'``: half of ``T`` is the derivative of ``tr (S1 S2)^(1/2)`` by ``S2``. ``ValueError`` unless
-    there are more samples than features.
+    there are more samples than features. ``gram`` is ``M`` where it is known already.
     """
     check_features(features_MD)
     dim = len(ref.mean)
@@ -39,7 +39,7 @@ def frechet_influence(ref: Moments, gen: Moments, features_MD: Tensor) -> Tensor
         raise ValueError(f"moments of {gen.n} samples and the features of {len(features_MD)}")
     if gen.n <= dim:
         raise ValueError(f"{gen.n} samples of {dim} features: a standard error needs more samples than features")
-    values_R, vectors_RR = torch.linalg.eigh(congruence(ref.factor, gen.cov))
+    values_R, vectors_RR = torch.linalg.eigh(congruence(ref.factor, gen.cov) if gram is None else gram)
     # Where the samples do not vary at all, neither does this part of their influence: the pseudo-inverse serves.
     floor = len(values_R) * torch.finfo(values_R.dtype).eps * float(values_R.amax()) if len(values_R) else 0.0
     kept = values_R > floor

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.evaluation.cmmd import cmmd
 from fewstep.evaluation.extractor import Everything
 from fewstep.evaluation.features import class_accuracy, metric_name
-from fewstep.evaluation.frechet import frechet_distance, half_split, moments
+from fewstep.evaluation.frechet import frechet_distance, half_splits, moments
 from fewstep.evaluation.inception_score import inception_score
 from fewstep.evaluation.intervals import (
     frechet_influence,
@@ -113,18 +113,18 @@ def outcome(
 
 
 def _frechet(reference: ReferenceFeatures, features: Tensor, labels: Labels | None) -> Outcome:
-    gen, name = moments(features), reference.extractor.name
-    plain = frechet_distance(reference.moments, gen)
+    name = reference.extractor.name
     fd, debiased = metric_name("fd", name), metric_name("fd_debiased", name)
     if len(features) // 2 <= features.shape[1]:  # halves of fewer samples than dimensions follow another law
-        return Outcome({fd: Measured(plain)})
+        return Outcome({fd: Measured(frechet_distance(reference.moments, moments(features)))})
     classes = 1 if labels is None else labels.classes
     quarter = torch.arange(len(features), device=features.device) // classes % 4
     per_class = {} if labels is None else _frechet_per_class(reference, features, labels)
     if int(torch.bincount(quarter, minlength=4).min()) < 2:
-        return Outcome({fd: Measured(plain)}, per_class=per_class)
-    value = half_split([moments(features[quarter == k]) for k in range(4)], reference.moments)
-    influence = frechet_influence(reference.moments, gen, features)
+        return Outcome({fd: Measured(frechet_distance(reference.moments, moments(features)))}, per_class=per_class)
+    split = half_splits([moments(features[quarter == k]) for k in range(4)], reference.moments)
+    value, plain = split.value, split.plain
+    influence = frechet_influence(reference.moments, split.whole, features, split.gram)
     low, high = interval(value, influence, LEVEL)
     return Outcome(
         {fd: Measured(plain, low, high), debiased: Measured(value, low, high)},
