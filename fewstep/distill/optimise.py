@@ -20,9 +20,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
     if config.optimizer == "radam":
-        return torch.optim.RAdam(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-        )
+        # Not fused anywhere. By default all tensors at once on a GPU, and one by one on a CPU, where that is faster.
+        return torch.optim.RAdam(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     raise ValueError(f"unknown optimizer {config.optimizer}")
 
 
