@@ -33,6 +33,8 @@ from fewstep.networks.config import SIZES
 FIRST_TRIES = 3
 ALONE = 10
 """Samplings around a network that returns at once, per round: they are short."""
+GATED_PAIRS = 4
+"""Pairs of a gated way per round, where others have one: a gate needs the smaller error."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class WayCost:
     of: str
     calls: int
     gated: bool
+    pairs: int
     ms: Spread
     overhead: Spread
     cpu_overhead: Spread
@@ -88,9 +91,9 @@ class SampleBench:
         """With where and when it was measured: a row of the ledger."""
         return ledger_row("sample", self)
 
-    def overhead(self, cost: WayCost) -> float:
+    def compared(self, cost: WayCost) -> Spread:
         """What a gate compares: processor time, or time by the clock where the processor only waits for a GPU."""
-        return (cost.cpu_overhead if self.device == "cpu" else cost.overhead).median
+        return cost.cpu_overhead if self.device == "cpu" else cost.overhead
 
 
 def bench_sampling(
@@ -111,8 +114,9 @@ def bench_sampling(
     """Measure every way of sampling with the network of that name, at two batch sizes.
 
     ``repeats`` times every way has its turn, each time beside bare calls of the network, first one ahead and then the
-    other. Before that every way has to draw the samples it should: a ``FewstepError`` if it does not. ``compile``,
-    ``precision="bf16"`` and ``channels_last`` add jumps with such a network, beside bare calls of the plain one.
+    other; gated ways ``GATED_PAIRS`` times in each turn. Before that every way has to draw the samples it should: a
+    ``FewstepError`` if it does not. ``compile``, ``precision="bf16"`` and ``channels_last`` add jumps with such a
+    network, beside bare calls of the plain one.
     """
     if size not in SIZES:
         raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
@@ -190,7 +194,9 @@ def _measured(
     for round_ in range(repeats):
         first = round_ % len(ways)
         for way in [*ways[first:], *ways[:first]]:
-            pairs[way.name].append(_pair(bare[way.name], works[way.name], round_ % 2 == 0, device))
+            for turn in range(GATED_PAIRS if way.gated else 1):
+                bare_first = (round_ + turn) % 2 == 0
+                pairs[way.name].append(_pair(bare[way.name], works[way.name], bare_first, device))
             if way.alone:
                 own[way.name].append(_alone(alone[way.name], device) / way.calls)
         report(round_ + 1)
@@ -200,6 +206,7 @@ def _measured(
             of=way.of,
             calls=way.calls,
             gated=way.gated,
+            pairs=len(pairs[way.name]),
             ms=spread([time.wall for _, time in pairs[way.name]]),
             overhead=spread([100 * (time.wall / beside.wall - 1) for beside, time in pairs[way.name]]),
             cpu_overhead=spread([100 * (time.cpu / beside.cpu - 1) for beside, time in pairs[way.name]]),
@@ -251,40 +258,33 @@ def _report_from(report: Reported, first: int, total: int, done: int) -> None:
 def sample_title(bench: SampleBench) -> str:
     """For people: what was measured."""
     what = f"{bench.network}, {bench.params:,} parameters, samples of {' x '.join(map(str, bench.shape))}"
-    return f"{what}, {bench.steps} steps; {where(bench.device, bench.threads)}; {bench.repeats} pairs of each"
+    return f"{what}, {bench.steps} steps; {where(bench.device, bench.threads)}; {bench.repeats} rounds"
 
 
 def sample_tables(bench: SampleBench) -> list[Table]:
-    """For people: one table for each batch size, one line for each way."""
+    """For people: one table for each batch size, one line for each way; percentages are beyond bare calls."""
     tables = []
     for batch in bench.batches:
         call = batch.call_ms
         taken = f"{call.median:.2f} ms ({call.low:.2f} to {call.high:.2f})"
-        title = f"batch {batch.batch_size}: a bare call takes {taken}, {batch.call_cpu_ms.median:.2f} of processor time"
+        title = (
+            f"batch {batch.batch_size}, beyond bare calls of {taken}, {batch.call_cpu_ms.median:.2f} of processor time"
+        )
         caption = f"not here: {'; '.join(bench.missing)}" if bench.missing else None
         table = Table(title=title, caption=caption)
-        for head in (
-            "",
-            "of",
-            "calls",
-            "ms",
-            "over bare calls",
-            "quartiles",
-            "processor time",
-            "own us/call",
-            "samples",
-        ):
-            table.add_column(head, justify="left" if head in ("", "of", "samples") else "right")
+        words, numbers = ("", "of"), ("calls", "ms", "by the clock", "processor time", "quartiles", "own us/call")
+        for head in (*words, *numbers, "samples"):
+            table.add_column(head, justify="right" if head in numbers else "left")
         for way in batch.ways:
-            wall, cpu = way.overhead, way.cpu_overhead
+            wall, cpu, compared = way.overhead, way.cpu_overhead, bench.compared(way)
             table.add_row(
                 way.name,
                 way.of,
                 str(way.calls),
                 f"{way.ms.median:.2f}",
                 f"{wall.median:+.2f} %",
-                f"{wall.low:+.2f} to {wall.high:+.2f}",
                 f"{cpu.median:+.2f} %",
+                f"{compared.low:+.2f} to {compared.high:+.2f}",
                 "" if way.own_us is None else f"{way.own_us:.1f}",
                 "" if way.like is None else f"{way.like} within {way.difference:.0e}",
             )

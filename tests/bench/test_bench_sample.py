@@ -122,7 +122,9 @@ def test_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(name: str, net: object) -> Any:
         return lambda: turns.append(name) or given.noise
 
-    ways = [Way(name, "us", functools.partial(work, name), calls=2, alone=name != "c") for name in "abc"]
+    ways = [
+        Way(name, "us", functools.partial(work, name), calls=2, gated=name == "b", alone=name != "c") for name in "abc"
+    ]
     monkeypatch.setattr(sample, "bare_calls", lambda *_, **__: lambda: turns.append("-"))
     monkeypatch.setattr(sample, "check_samples", lambda *_: {})
     took = {"-": Time(4.0, 2.0), "a": Time(4.4, 2.1), "b": Time(8.0, 2.0), "c": Time(3.0, 1.0)}
@@ -135,8 +137,10 @@ def test_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sample, "timed", timed)
     monkeypatch.setattr(sample, "ALONE", 3)
+    monkeypatch.setattr(sample, "GATED_PAIRS", 2)
     found = sample._measured(net(), given, ways, 3, CPU, lambda done: None)
-    assert "".join(turns) == "-aaaa-bbbb-c" + "b-bbbc-a-aaa" + "-c-aaaa-bbbb"
+    assert "".join(turns) == "-aaaa-bb-bbb-c" + "b--bbbbc-a-aaa" + "-c-aaaa-bb-bbb"
+    assert [cost.pairs for cost in found.ways] == [3, 6, 3]
     costs = {cost.name: cost for cost in found.ways}
     assert (found.batch_size, found.call_ms, found.call_cpu_ms) == (5, Spread(2, 2, 2), Spread(1, 1, 1))
     assert [round(costs[name].overhead.median, 9) for name in "abc"] == [10, 100, -25]
@@ -248,7 +252,7 @@ def test_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_is_for_people() -> None:
     said = succeed("bench", "sample", *QUICK)
     assert said.stdout == ""
-    for word in ("1 x 4 x 4", "batch 1", "jumps", "FlowMatchLCM", "odeint", "over bare calls", "processor time"):
+    for word in ("1 x 4 x 4", "batch 1", "jumps", "FlowMatchLCM", "odeint", "beyond bare calls", "processor time"):
         assert word in said.stderr
 
 
@@ -262,12 +266,11 @@ def test_a_gate_on_the_overhead() -> None:
 
 
 def test_what_a_gate_compares() -> None:
-    cost = sample.WayCost(
-        "jumps", "us", 4, True, *(Spread(each, 0, 9) for each in (1.0, 2.0, 3.0)), 1.0, None, None, None
-    )
+    times = [Spread(each, 0, 9) for each in (1.0, 2.0, 3.0)]
+    cost = sample.WayCost("jumps", "us", 4, True, 1, *times, 1.0, None, None, None)
     bench = sample.SampleBench("mlp-tiny", 1, (2,), 0, 4, 1, "cpu", 1, (), ())
-    assert bench.overhead(cost) == 3.0
-    assert dataclasses.replace(bench, device="some GPU").overhead(cost) == 2.0
+    assert bench.compared(cost).median == 3.0
+    assert dataclasses.replace(bench, device="some GPU").compared(cost).median == 2.0
 
 
 def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
