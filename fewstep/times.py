@@ -183,8 +183,24 @@ def _with_diagonal(key: Key, index_B: Tensor, jump_B: Tensor, pairs: Pairs, diag
 
 
 def distribution(times: Times, t_B: Tensor) -> Tensor:
-    """The distribution function at ``t [B]``, by halving its logarithm: any distribution is known by its inverse. To
-    1e-15 relative to its value, down to 1e-300: in a tail, what is drawn below ``t`` still has its digits."""
+    """The distribution function at ``t [B]``, float64. To 1e-12 relative to its value, down to 1e-300: in a tail, what
+    is drawn below ``t`` still has its digits.
+
+    In closed form for uniform and logit-normal times, shifted or not; any other distribution is known by its inverse,
+    and its logarithm is found by halving, in some sixty times as many operations.
+    """
+    if times is uniform:
+        return t_B
+    if isinstance(times, partial) and times.func is _logit_normal:
+        mean, std = times.keywords["mean"], times.keywords["std"]
+        return torch.special.log_ndtr((torch.logit(t_B) - mean) / std).exp()
+    if isinstance(times, partial) and times.func is _shifted:
+        shift = times.keywords["shift"]
+        return distribution(times.keywords["times"], t_B / (shift - (shift - 1) * t_B))
+    return _by_halving(times, t_B)
+
+
+def _by_halving(times: Times, t_B: Tensor) -> Tensor:
     low, high = torch.full_like(t_B, -690.0), torch.zeros_like(t_B)
     for _ in range(60):
         middle = (low + high) / 2

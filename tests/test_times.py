@@ -14,6 +14,7 @@ from fewstep.times import (
     Pairs,
     TimePairs,
     Times,
+    _by_halving,
     clipped_pairs,
     distribution,
     dyadic_pairs,
@@ -434,6 +435,18 @@ def test_distribution_is_the_inverse_of_every_times(name: str) -> None:
     if name == "truncated":
         beyond = torch.tensor([0.001, 0.99], dtype=torch.float64)
         torch.testing.assert_close(distribution(times, beyond), torch.tensor([0.0, 1.0]).double(), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["uniform", "logit_normal", "narrow", "shifted"])
+def test_closed_forms_are_what_halving_finds(name: str) -> None:
+    """To 1e-12 relative, from 1e-12 to as near to one."""
+    near = torch.logspace(-12, -0.31, 200, dtype=torch.float64)
+    t = torch.cat((near, 1 - near))
+    wanted = _by_halving(ALL_TIMES[name], t)
+    kept = wanted > 1e-290
+    assert kept.sum() > 200
+    torch.testing.assert_close(distribution(ALL_TIMES[name], t)[kept], wanted[kept], rtol=1e-12, atol=0)
+    assert (distribution(ALL_TIMES[name], t)[~kept] < 1e-289).all()
 
 
 @pytest.mark.parametrize("deviations", [-35.0, -20.0, -9.0])
