@@ -84,9 +84,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets together (Chan, Golub and LeVeque 1979)."""
     n = a.n + b.n
     shift = b.mean - a.mean
-    apart = shift * math.sqrt(
-        a.n * b.n / n / (n - 1)
-    )  # first the root: a product of one vector is symmetric to the bit
+    # The root comes first: the outer product of one vector with itself is symmetric to the bit.
+    apart = shift * math.sqrt(a.n * b.n / n / (n - 1))
     cov = (a.cov * ((a.n - 1) / (n - 1))).add_(b.cov, alpha=(b.n - 1) / (n - 1)).addr_(apart, apart)
     mean = a.mean + shift * (b.n / n)
     few = None
