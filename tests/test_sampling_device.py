@@ -82,7 +82,9 @@ def samplers(net: torch.nn.Module) -> dict[str, Sampler]:
 )
 def test_nothing_crosses_between_host_and_device(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network with every input there is, class labels or none."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
+    # Autocasting knows no such device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
     net = build_network(NETWORKS[kind], (1, 8, 8), 3, two_times=True, guidance=True).eval().to(META)
     noise, index = torch.empty(2, 1, 8, 8, device=META), torch.arange(2, device=META)
     labels = [index % 3] if name == "guided" else [index % 3, None]

@@ -20,6 +20,8 @@ class NetworkField:
     nfe: int = 1
 
     def __call__(self, x: Tensor, t_B: Tensor, label_B: Condition | None = None) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.net(x, t_B, t_B, label_B)
         # A teacher has the precision of its weights, whatever a student is trained in.
         with torch.autocast(x.device.type, enabled=False):
             return self.net(x, t_B, t_B, label_B)
