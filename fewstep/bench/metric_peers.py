@@ -21,8 +21,8 @@ from fewstep.compat import prepare_torchvision
 from fewstep.evaluation.extractor import as_colour
 from fewstep.evaluation.features import extract
 from fewstep.evaluation.frechet import frechet_distance, moments
-from fewstep.evaluation.inception import InceptionNetwork, inception_network
-from fewstep.evaluation.inception_features import PREPROCESSINGS, Inception
+from fewstep.evaluation.inception import SIZE, InceptionNetwork, inception_network
+from fewstep.evaluation.inception_features import PREPROCESSINGS, Inception, resize_pytorch
 from fewstep.evaluation.kernel import kernel_distance
 from fewstep.evaluation.neighbours import manifold_metrics
 
@@ -324,12 +324,12 @@ def inception_clean_fid(images: Tensor, _: Tensor) -> Contest:
         inception_pytorch.load_state_dict_from_url = lambda *_, **__: torch.load(path, weights_only=True)
         try:
             with quiet():
-                made = inception_pytorch.InceptionV3([3], resize_input=True).eval().to(images.device)
+                made = inception_pytorch.InceptionV3([3], resize_input=False).eval().to(images.device)
         finally:
             inception_pytorch.load_state_dict_from_url = downloads
-        return lambda batch: made(batch / 255)[0].flatten(1)
+        return lambda batch: made(resize_pytorch(batch, SIZE) / 255)[0].flatten(1)
 
-    return _inceptions(images, network, "inception_pytorch", "its legacy_pytorch network; the other is a download")
+    return _inceptions(images, network, "inception_pytorch", "its legacy_pytorch network behind our resize")
 
 
 CONTESTS: Mapping[str, Mapping[str, Callable[[Tensor, Tensor], Contest]]] = {

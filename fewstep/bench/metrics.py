@@ -109,6 +109,7 @@ def bench_metrics(
     pairs: int,
     device: torch.device,
     threads: int,
+    memory: bool = True,
     report: Reported = unreported,
 ) -> MetricsBench:
     """Compare what ``names`` of ``CONTESTS`` name with every package that is there: on ``n`` features of ``dim``
@@ -130,7 +131,7 @@ def bench_metrics(
                     left_out[f"{name}: {package}"] = str(error).splitlines()[0]
             what = f"{images} images of 32 x 32" if name == "inception" else f"{n:,} x {dim}"
             found += _compared(name, what, contests, pairs, device, report)
-            if device.type == "cpu":
+            if memory and device.type == "cpu":
                 found = [_with_peaks(each, files, threads) if each.metric == name else each for each in found]
         return MetricsBench(pairs, device_name(device), torch.get_num_threads(), tuple(found), left_out)
 

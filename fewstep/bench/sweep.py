@@ -4,10 +4,11 @@ Both sides draw the same samples with the same networks in the same batches, and
 every model, step count and set of features. Shapes: M generated samples, N real ones.
 """
 
+import contextlib
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.bench.measure import Reported, Work, device_name, in_turns, spread, unreported
+from fewstep.bench.measure import Reported, Work, device_name, in_turns, spread, timed, unreported
 from fewstep.bench.metric_peers import Features, Values, quiet, threads_of_all
 from fewstep.bench.metrics import OWN, SWEEP, MetricsBench, check_agreement, compared
 from fewstep.compat import prepare_torchvision
@@ -91,14 +92,15 @@ def swept_runs(folder: Path, steps: tuple[int, ...] | None, n: int, device: torc
 def bench_sweep(
     swept: Swept, *, pairs: int, threads: int, everything: bool = True, report: Reported = unreported
 ) -> MetricsBench:
-    """The sweep with those metrics that both have, beside the same by hand; and what ``fewstep evaluate`` takes for all
-    that it measures (intervals, floors, speed, trajectories ...), its rows measured and its rows found again.
+    """The sweep with those metrics that both have, beside the same by hand; and with ``everything`` what ``fewstep
+    evaluate`` takes for all that it measures (intervals, floors, speed, trajectories ...), its rows measured (``-all``)
+    and its rows found again (``-again``).
 
-    References are computed anew in every sweep: nothing is kept from one to the next.
+    But for the last nothing is kept from one sweep to the next: references are computed in every one.
     """
     by_hand = ByHand(swept)
     parts: dict[str, dict[str, list[float]]] = {OWN: defaultdict(list), PEER: defaultdict(list)}
-    with threads_of_all(threads):
+    with threads_of_all(threads), contextlib.ExitStack() as stack:
         values: dict[str, Values] = {}
 
         def own() -> None:
@@ -108,8 +110,9 @@ def bench_sweep(
             values[PEER] = by_hand.sweep(parts[PEER])
 
         works: dict[str, Work] = {OWN: own, PEER: theirs}
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         if everything:
-            works["evaluate"] = lambda: _evaluate(swept)
+            works["evaluate"] = lambda: _evaluate(swept, Path(folder), fresh=True)
         small = replace(swept, models=swept.models[:1], config=swept.config.model_copy(update={"n": 200}))
         _ = plain_sweep(small), ByHand(small).sweep()  # what a first call loads is not counted
         taken = in_turns(works, pairs, swept.device, report)
@@ -119,14 +122,18 @@ def bench_sweep(
         medians = [{name: spread(found).median for name, found in parts[side].items()} for side in (OWN, PEER)]
         lines[0] = replace(lines[0], parts=medians[0], peer_parts=medians[1])
         if everything:
-            what = f"{swept.what}, all that `fewstep evaluate` measures"
-            times = taken["evaluate"], taken[PEER]
-            lines.append(compared(f"{SWEEP}-all", PEER, what, *times, both, error, tolerance))
+            again = [timed(lambda: _evaluate(swept, Path(folder), fresh=False), swept.device) for _ in range(pairs)]
+            for name, times, what in (
+                ("all", taken["evaluate"], "all that `fewstep evaluate` measures"),
+                ("again", again, "the same, its rows kept"),
+            ):
+                what = f"{swept.what}; {what}"
+                lines.append(compared(f"{SWEEP}-{name}", PEER, what, times, taken[PEER], both, error, tolerance))
         return MetricsBench(pairs, device_name(swept.device), torch.get_num_threads(), tuple(lines), {})
 
 
-def _evaluate(swept: Swept) -> None:
-    evaluate_runs(swept.runs, settings=swept.config, steps=swept.steps)
+def _evaluate(swept: Swept, keep: Path, *, fresh: bool) -> None:
+    evaluate_runs(swept.runs, settings=swept.config, steps=swept.steps, keep=keep, fresh=fresh)
 
 
 class _Parts:
@@ -135,7 +142,7 @@ class _Parts:
     def __init__(self) -> None:
         self._spent: dict[str, float] = defaultdict(float)
 
-    @contextmanager
+    @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
         began = time.process_time()
         yield

@@ -29,6 +29,9 @@ def bench_metrics(
     ] = "1,4",
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Rounds in which each side has its turn.")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")] = 1,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory of a call, each in a process of its own.")
+    ] = True,
     ledger: Ledger = None,
     min_ratio: Annotated[
         list[str] | None,
@@ -41,7 +44,7 @@ def bench_metrics(
     The sides take turns on the same features; what both compute has to agree before times are compared. Printed are
     processor seconds (which the gates compare, and on a GPU the clock) and the peak memory of a call. With sweep: every
     model of --runs at every step count, sampled and measured, beside a plain loop scored by torchmetrics and prdc; and
-    beside that all that `fewstep evaluate` measures (sweep-all).
+    beside that all that `fewstep evaluate` measures (sweep-all), its rows found again (sweep-again).
 
     Example: fewstep bench metrics sweep --runs runs/demo --min-ratio sweep=2
     """
@@ -58,7 +61,7 @@ def bench_metrics(
         from fewstep.workflows import default_device
 
         names = check_metrics(metrics or [])
-        measured = [*names, *([f"{SWEEP}-all"] if SWEEP in names else [])]
+        measured = [*names, *([f"{SWEEP}-all", f"{SWEEP}-again"] if SWEEP in names else [])]
         gates = gates_of("--min-ratio", min_ratio or [], measured)
         check_ledger(ledger)
         benches = []
@@ -88,6 +91,7 @@ def bench_metrics(
                         pairs=pairs,
                         device=default_device(),
                         threads=threads,
+                        memory=memory,
                         report=lambda done, total: shown.update(done, total, "pairs"),
                     ),
                 )
