@@ -3,7 +3,7 @@
 Memory: the most a training step holds and what stays between steps, predicted and counted, for some networks and two
 objectives. Time: the share of the matrix ceiling that a step reaches is fitted at one point, and times at the others
 are predicted with it; a large product, a copy and the steps take turns, and processor time counts. FSDP2: bytes of
-parameters in each of two gloo processes. Everything on one thread.
+parameters and of a step's peak in each of two gloo processes. Everything on one thread.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fewstep.bench.accelerators import Accelerator
 from fewstep.bench.measure import append_row, in_turns, ledger_row
@@ -26,10 +25,12 @@ from fewstep.bench.objectives import _Workshop, variants
 from fewstep.bench.outline import outline
 from fewstep.bench.plan import Plan, make_plan
 from fewstep.bench.train import bare_training
-from fewstep.config import RunConfig
-from fewstep.distill.shards import local, shard
+from fewstep.config import RunConfig, check_config
+from fewstep.data.dataset import BatchSource, Dataset
+from fewstep.distill.plan import plan as stages_of
+from fewstep.distill.shards import local
+from fewstep.distill.train import make_accelerator, train
 from fewstep.networks.build import build_network
-from fewstep.networks.config import SIZES
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES = (3, 32, 32), 10
@@ -42,6 +43,7 @@ POINTS = (
     ("unet-mini", 8, "meanflow"),
 )
 FITTED = POINTS[0]
+SHARED = ("flot-small", 4, "flow_matching")
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,16 @@ class Checked:
 
 @dataclass(frozen=True)
 class PlanCheck:
-    """All points, the machine's ceiling, and the parameters' bytes of each of two processes under FSDP2."""
+    """All points, the machine's ceiling, and under FSDP2 the bytes of parameters and of a step's peak in each of two
+    processes."""
 
     ceiling_gflops: float
     copy_gb_per_s: float
     fitted: tuple[str, int, str]
     points: tuple[Checked, ...]
-    fsdp2_size: str
-    fsdp2_predicted: int
-    fsdp2_measured: tuple[int, int]
+    fsdp2: tuple[str, int, str]
+    fsdp2_predicted: tuple[int, int]
+    fsdp2_measured: tuple[tuple[int, ...], ...]
 
 
 class Point:
@@ -105,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.rank:
-        print(_shard_bytes())
+        _rank()
         return
     with tempfile.TemporaryDirectory() as folder:
         points = {point: Point(Path(folder) / "-".join(map(str, point)), *point) for point in POINTS}
@@ -153,16 +156,14 @@ def main() -> None:
                     efficiency=reached(point),
                 )
             )
-    sharded = points[POINTS[2]].config
-    train = sharded.train.model_copy(update={"parallel": "fsdp2"})
-    two = make_plan(outline(sharded.model_copy(update={"train": train}), SHAPE, CLASSES), 2, accelerator, cpu=True)
+    shared = _plan(_sharded("fsdp2"), accelerator, efficiency, gpus=2).memory
     check = PlanCheck(
         ceiling_gflops=1e3 * accelerator.fp32,
         copy_gb_per_s=accelerator.bandwidth,
         fitted=FITTED,
         points=tuple(checked),
-        fsdp2_size=POINTS[2][0],
-        fsdp2_predicted=two.memory.weights,
+        fsdp2=SHARED,
+        fsdp2_predicted=(shared.weights, shared.gradients + shared.exchange + shared.activations),
         fsdp2_measured=_two_processes(),
     )
     print(f"ceiling {check.ceiling_gflops:.1f} GFLOP/s, copy {check.copy_gb_per_s:.1f} GB/s; predicted over measured:")
@@ -176,32 +177,59 @@ def main() -> None:
         )
         cells = " | ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"| {each.size}, {each.batch_size} | {each.objective} | {cells} | {each.efficiency:.2f} |")
-    print(f"fsdp2, {check.fsdp2_size}: {check.fsdp2_predicted:,} bytes, measured {check.fsdp2_measured}")
+    print(f"FSDP2, {SHARED}: bytes of parameters and peak {check.fsdp2_predicted}, measured {check.fsdp2_measured}")
     if options.ledger is not None:
         append_row(options.ledger, ledger_row("plan-check", check))
 
 
-def _plan(config: RunConfig, accelerator: Accelerator, efficiency: float) -> Plan:
-    return make_plan(outline(config, SHAPE, CLASSES), 1, accelerator, efficiency=efficiency, cpu=True)
+def _plan(config: RunConfig, accelerator: Accelerator, efficiency: float, gpus: int = 1) -> Plan:
+    case = outline(config, SHAPE, CLASSES)
+    return make_plan(case, gpus, accelerator, efficiency=efficiency, cpu=True, search=False)
 
 
-def _shard_bytes() -> int:
-    """Bytes of parameters in this one of two processes."""
-    torch.distributed.init_process_group("gloo")
-    net: nn.Module = build_network(SIZES[POINTS[2][0]], SHAPE, CLASSES, two_times=False)
-    shard(net, CPU)
-    found = sum(local(each).untyped_storage().nbytes() for each in net.parameters())
-    torch.distributed.destroy_process_group()
-    return found
+def _sharded(parallel: str) -> RunConfig:
+    """Flow matching shared by processes."""
+    size, batch, _ = SHARED
+    return check_config(
+        {
+            "name": "shared",
+            "data": {"kind": "digits"},  # their shape is given
+            "student": {"kind": "velocity", "init": "scratch", "network": {"size": size}},
+            "objective": {"kind": "flow_matching"},
+            "train": {"batch_size": batch, "parallel": parallel},
+        },
+        "shared",
+    )
 
 
-def _two_processes() -> tuple[int, int]:
+def _rank() -> None:
+    """What one of two processes holds: prints the bytes of its parameters, and of a step's peak beyond what stays."""
+    config = _sharded("fsdp2")
+    rows = torch.arange(2 * SHARED[1])
+    data = Dataset("random", torch.zeros(len(rows), *SHAPE, dtype=torch.uint8), rows % CLASSES, CLASSES, kind="image")
+    accelerator = make_accelerator()
+    torch.manual_seed(0)
+    assert config.student.network is not None
+    net = build_network(config.student.network, SHAPE, CLASSES, two_times=False)
+    (stage,) = stages_of(config, None, data)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    source = BatchSource(data, config.train.batch_size, 0, device=CPU, rank=rank, world=world)
+    objective = stage.build(net, None)
+    steps = train(objective, source, config.train, accelerator, seed=0, steps=10)
+    for _ in range(4):  # the first ones compare the processes
+        next(steps)
+    print(
+        sum(local(each).untyped_storage().nbytes() for each in objective.student.parameters()), peak_bytes(steps, CPU)
+    )
+    accelerator.end_training()
+
+
+def _two_processes() -> tuple[tuple[int, ...], ...]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, "--rank"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    first, second = (int(line) for line in done.stdout.split())
-    return first, second
+    return tuple(tuple(map(int, line.split())) for line in done.stdout.splitlines())
 
 
 if __name__ == "__main__":

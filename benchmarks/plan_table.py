@@ -7,7 +7,8 @@ import argparse
 
 from fewstep.bench.accelerators import accelerator
 from fewstep.bench.outline import outline
-from fewstep.bench.plan import GIB, Plan, make_plan
+from fewstep.bench.plan import Plan, make_plan
+from fewstep.bench.plan_memory import GIB
 from fewstep.config import RunConfig, check_config
 
 SIZES = ("flot-small", "flot-base", "flot-large", "flot-xl")

@@ -19,6 +19,7 @@ from fewstep.bench.calls import Call, Role, StageCalls, stage_calls
 from fewstep.bench.dry import DryStep, dry_step
 from fewstep.bench.network import forward_flops
 from fewstep.bench.outline import Outline
+from fewstep.bench.plan_memory import GIB, Memory, Sizes, memory_of, sizes_of, trained_bytes
 from fewstep.distill.config import TrainConfig
 from fewstep.errors import UsageError
 from fewstep.networks.build import build_network, parameter_count
@@ -33,27 +34,6 @@ RESERVE = 0.1
 """Share of a GPU's memory that is left to its context, to libraries and to gaps between tensors."""
 LAUNCH_S = 6e-6
 """What an operation takes to be launched on a GPU, however small it is: eager mode's usual few microseconds."""
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the GPU that holds most, at the moment when it does. ``held`` are targets and the like; ``exchange`` is
-    DDP's buckets, or what FSDP2 gathers of one block and the next; ``activations`` is what a step holds beyond all
-    else."""
-
-    weights: int
-    gradients: int
-    moments: int
-    averages: int
-    teachers: int
-    held: int
-    exchange: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
@@ -189,19 +169,6 @@ def make_plan(
     )
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes of a network: as a whole, of what is trained, and of one GPU's shard of either; its largest block and what
-    lies outside of blocks."""
-
-    whole: int
-    trained: int
-    shard: int
-    trained_shard: int
-    block: int
-    root: int
-
-
 class _Work:
     """A run on some GPUs: how its stages' costs are found."""
 
@@ -223,9 +190,9 @@ class _Work:
                 self._nets[held] = self._made(held)
         return self._nets[held]
 
-    def sizes(self, held: tuple[Role, ...]) -> dict[Role, "_Sizes"]:
+    def sizes(self, held: tuple[Role, ...]) -> dict[Role, Sizes]:
         """Of the run's networks."""
-        return {role: self._sizes(net) for role, net in self.networks(held).items()}
+        return {role: sizes_of(net, self.gpus) for role, net in self.networks(held).items()}
 
     def _made(self, held: tuple[Role, ...]) -> dict[Role, nn.Module]:
         case, student, teacher = self.case, self.case.config.student, self.case.config.teacher
@@ -323,72 +290,19 @@ class _Work:
         fixed = total(few) - each * few
         return max(0, math.floor((room - fixed) / each))
 
-    def _sizes(self, net: nn.Module) -> _Sizes:
-        def bytes_of(parameters: Any) -> int:
-            return sum(each.numel() * each.element_size() for each in parameters)
-
-        def shard_of(parameters: Any) -> int:
-            # FSDP2 cuts the first dimension, and gives every GPU as many rows as the one that has most.
-            return sum(
-                math.ceil(each.shape[0] / self.gpus) * each[0].numel() * each.element_size()
-                if each.ndim
-                else each.element_size()
-                for each in parameters
-            )
-
-        parameters = list(net.parameters())
-        trained = [each for each in parameters if each.requires_grad]
-        blocks = [block for module in net.modules() if isinstance(module, nn.ModuleList) for block in module]
-        inside = {id(each) for block in blocks for each in block.parameters()}
-        buffers = bytes_of(net.buffers())
-        return _Sizes(
-            whole=bytes_of(parameters) + buffers,
-            trained=bytes_of(trained),
-            shard=shard_of(parameters) + buffers,
-            trained_shard=shard_of(trained),
-            block=max((bytes_of(block.parameters()) for block in blocks), default=0),
-            root=bytes_of(each for each in parameters if id(each) not in inside),
+    def _memory(self, sizes: Mapping[Role, Sizes], peak: int) -> Memory:
+        return memory_of(
+            sizes,
+            peak,
+            gpus=self.gpus,
+            sharded=self.sharded,
+            averages=len(self.train.ema),
+            microbatches=self.train.gradient_accumulation_steps,
         )
-
-    def _memory(self, sizes: Mapping[Role, _Sizes], peak: int) -> Memory:
-        def here(role: Role) -> int:
-            return sizes[role].shard if self.sharded else sizes[role].whole
-
-        own, trained = sizes["student"], self._trained_bytes(sizes)
-        alone = own.trained_shard if self.sharded else own.trained
-        companions = [role for role in sizes if role == "companion"]
-        exchange = 0
-        if self.sharded:
-            # The parameters outside of blocks; of blocks this one, the next one and the buffer that one arrives in;
-            # and, at the way back, a block's whole gradients and the buffer they leave in.
-            exchange = own.root + 3 * own.block + 2 * max(own.block, own.root)
-        elif self.gpus > 1:
-            exchange = trained
-        return Memory(
-            weights=here("student") + sum(map(here, companions)),
-            gradients=trained,
-            moments=2 * trained,
-            averages=len(self.train.ema) * alone,
-            teachers=sum(sizes[role].whole for role in sizes if role in ("teacher", "weak")),
-            held=sum(
-                # A student of the stage before is a plain copy in every process; targets are sharded as the student.
-                sizes[role].whole if role == "previous" else here(role)
-                for role in sizes
-                if role in ("target", "previous")
-            ),
-            exchange=exchange,
-            # Gradients are part of the peak where they stay, and all of them are there at its end.
-            activations=peak if self.sharded else max(0, peak - trained),
-        )
-
-    def _trained_bytes(self, sizes: Mapping[Role, _Sizes]) -> int:
-        """Of all that is trained, on one GPU."""
-        roles: list[Role] = [role for role in sizes if role in ("student", "companion")]
-        return sum(sizes[role].trained_shard if self.sharded else sizes[role].trained for role in roles)
 
     def _exchange(
         self,
-        sizes: Mapping[Role, _Sizes],
+        sizes: Mapping[Role, Sizes],
         ways: list[tuple[float, tuple[Call, ...], DryStep]],
         busy: float,
         backward: float,
@@ -415,13 +329,13 @@ class _Work:
         gathered *= self.train.gradient_accumulation_steps
         return max(0.0, around * (gathered + gradients) / link - busy)
 
-    def _optimiser_bytes(self, sizes: Mapping[Role, _Sizes]) -> float:
+    def _optimiser_bytes(self, sizes: Mapping[Role, Sizes]) -> float:
         """Bytes that norm, Adam, averages and targets read and write: gradients once for the norm; then weights,
         gradients and two moments, of which all but the gradients are written; and of each average three."""
         own = sizes["student"]
         alone = own.trained_shard if self.sharded else own.trained
         averages = len(self.train.ema) + sum(role == "target" for role in sizes)
-        return 8 * self._trained_bytes(sizes) + 3 * averages * alone
+        return 8 * trained_bytes(sizes, sharded=self.sharded) + 3 * averages * alone
 
 
 def _retype(net: nn.Module, like: nn.Module) -> None:

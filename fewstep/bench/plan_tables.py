@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from fewstep.bench.plan import GIB, RESERVE, Plan
+from fewstep.bench.plan import RESERVE, Plan
+from fewstep.bench.plan_memory import GIB
 
 _PARTS = {
     "weights": "weights",
