@@ -300,6 +300,7 @@ def _train_stages(
             first_step=starts[number],
             start=start,
             done=done,
+            asked=stopped,
         )
         try:
             for state in steps:
@@ -310,11 +311,13 @@ def _train_stages(
                 if step % settings.log_every == 0 or last:
                     metrics = log.write(step, stage.name, state.lr, seconds)
                     trackers.log({**metrics, "lr": state.lr}, step)
-                if settings.ema_snapshot_every and step % settings.ema_snapshot_every == 0 and gathers:
-                    state.reading.values()  # averages of a step that failed are not kept
+                keeps = settings.ema_snapshot_every and step % settings.ema_snapshot_every == 0
+                saves = step % settings.checkpoint_every == 0 or last or state.stop
+                if keeps or saves:
+                    state.reading.values()  # all processes: what a failed step has left is not kept
+                if keeps and gathers:
                     keep_snapshot(run, step, state.emas, accelerator.is_main_process)
-                stop = _agreed(accelerator, stopped())
-                if step % settings.checkpoint_every == 0 or last or stop:
+                if saves:
                     window = log.window_state()
                     groups = state.snapshot(accelerator.is_main_process) if gathers else {}
                     if accelerator.is_main_process:
@@ -324,7 +327,7 @@ def _train_stages(
                             finished = {**finished, str(stage.serves): sha}
                         reached = _Position(number, state.step, seconds, groups, previous_weights, finished, window)
                         _save(run, step, reached, config, request.teacher)
-                if stop:
+                if state.stop:
                     raise Interrupted(f"stopped at step {step} of {starts[-1]}; go on with --resume", step)
                 yield Progress(step, starts[-1], stage.name, metrics)
         except NonFiniteError as error:
@@ -485,14 +488,6 @@ def _check_grid(stage: Stage, groups: dict[str, Tensors], path: Path) -> None:
 
 def _stage_file(run: RunDirectory, stage: Stage) -> Path:
     return run.path / "stages" / f"steps-{stage.serves:04d}.safetensors"
-
-
-def _agreed(accelerator: Accelerator, stop: bool) -> bool:
-    """Whether any process was asked to stop: all leave after the same step, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return stop
-    asked = torch.tensor(float(stop), device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum") > 0)
 
 
 def _fault(accelerator: Accelerator, run: RunDirectory, state: str, step: int, message: str, code: int) -> str | None:

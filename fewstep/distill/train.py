@@ -45,7 +45,10 @@ class TrainState:
     nothing.
 
     A GPU may still be busy with the step: to ask for ``loss`` or ``grad_norm`` is to wait for it, and so is
-    ``snapshot``, which gives nothing of a step that failed. Any of them raises the ``NonFiniteError`` of the step.
+    ``snapshot``, which gives nothing of a step that failed. Any of them raises the ``NonFiniteError`` of the step, of
+    which all processes speak together: where there are several, all of them have to ask.
+
+    ``stop`` says that a process has been asked to stop; all see it after the same step.
     """
 
     step: int
@@ -55,6 +58,7 @@ class TrainState:
     seconds: float
     student: nn.Module
     emas: tuple[EMA, ...]
+    stop: bool
     snapshot: Callable[[bool], dict[str, Tensors]]
 
     @property
@@ -106,17 +110,19 @@ def train(
     first_step: int = 0,
     start: dict[str, Tensors] | None = None,
     done: int = 0,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[TrainState]:
     """Train ``objective.student`` up to ``steps`` optimiser steps, yielding after each.
 
     ``first_step`` offsets the keys of the random draws and of the batches (later stages go on where earlier ones
     ended). ``start`` with ``done`` continues from a snapshot taken after ``done`` steps, with the same bits as a run
-    that was never interrupted. Under FSDP2 the student is sharded in place and stays so.
+    that was never interrupted. Under FSDP2 the student is sharded in place and stays so. ``asked()`` says, once a step,
+    whether this process has been asked to stop.
 
-    On one GPU the host does not wait for it within a step: loss and norm of a step are looked at when the next one has
+    On a GPU the host does not wait for it within a step: loss and norm of a step are looked at when the next one has
     its gradients, and until then the device itself keeps what is not finite from the weights. The last step is looked
-    at before it is yielded. Elsewhere, with several processes, and for optimisers that cannot pass over an update on
-    the device, every step is looked at before it changes anything.
+    at before it is yielded. Elsewhere, with shards, and for optimisers that cannot pass over an update on the device,
+    every step is looked at before it changes anything.
 
     Raises ``NonFiniteError`` before a non-finite gradient reaches the weights, and ``UnsynchronisedError`` if the
     processes do not share their gradients.
@@ -137,7 +143,7 @@ def train(
     if start is not None:
         _restore(start, done, emas, optimizer, parameters)
 
-    deferred = _passes_over(optimizer, accelerator)
+    deferred = not sharded and _passes_over(optimizer, accelerator)
     reading: Reading | None = None
 
     def snapshot(keep: bool = True) -> dict[str, Tensors]:
@@ -160,7 +166,11 @@ def train(
         outputs, mean = _backward(prepared, batch, key, config, accelerator)
         norm = gradient_norm(parameters)
         # One exchange among the processes: they have to agree on what follows.
-        both = torch.stack((mean, full(norm)))
+        numbers = [mean, full(norm)]
+        stop = asked()
+        if accelerator.num_processes > 1:
+            numbers.append(torch.full_like(mean, stop))
+        both = torch.stack(numbers)
         if accelerator.num_processes > 1:
             both = over_processes(both, accelerator) / accelerator.num_processes
         before, reading = reading, Reading(both, partial(_non_finite, outputs, _rows(batch), key, accelerator))
@@ -170,6 +180,9 @@ def train(
             optimizer.found_inf = reading.not_finite()  # type: ignore[attr-defined]
         else:
             reading.values()
+        if accelerator.num_processes > 1:
+            known = before if deferred else reading
+            stop = known is not None and known.values()[2] > 0
         if step - done < CHECKED_STEPS:
             _check_synchronised(full(norm), accelerator)
         # The factor grad_clip / (norm + 1e-6), at most one: below the bound there is nothing to multiply.
@@ -190,6 +203,7 @@ def train(
             seconds=time.perf_counter() - began,
             student=student,
             emas=emas,
+            stop=stop,
             snapshot=snapshot,
         )
     accelerator.free_memory()
@@ -225,9 +239,7 @@ def _backward(
 def _passes_over(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
     """Whether the device itself can leave an update out, so that the host need not look first: fused Adam does where
     its ``found_inf`` is 1, the step count included."""
-    return (
-        accelerator.device.type == "cuda" and accelerator.num_processes == 1 and bool(optimizer.defaults.get("fused"))
-    )
+    return accelerator.device.type == "cuda" and bool(optimizer.defaults.get("fused"))
 
 
 def _rows(batch: Batch) -> Tensor:

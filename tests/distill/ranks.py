@@ -149,6 +149,35 @@ def non_finite(accelerator: Accelerator) -> dict[str, Tensor]:
     return {"caught_after": torch.tensor(-1)}
 
 
+def deferred(task: Callable[[Accelerator], dict[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """A task with steps looked at one step later, as on GPUs."""
+    plain = trainer._passes_over
+    trainer._passes_over = lambda optimizer, accelerator: True
+    try:
+        return task(accelerator)
+    finally:
+        trainer._passes_over = plain
+
+
+def asked(accelerator: Accelerator) -> dict[str, Tensor]:
+    """The steps after which this process is to stop, where the second one alone was asked at its third step."""
+    calls = iter(range(9))
+
+    def ask() -> bool:
+        return next(calls) == 2 and accelerator.process_index == 1
+
+    states = trainer.train(
+        tiny.flow_matching(),
+        BatchSource(digits(), 32, tiny.SEED, device=accelerator.device, rank=accelerator.process_index, world=2),
+        settings(),
+        accelerator,
+        seed=tiny.SEED,
+        steps=5,
+        asked=ask,
+    )
+    return {"stops": torch.tensor([state.stop for state in states])}
+
+
 def resumed(objective: Objective, config: TrainConfig, accelerator: Accelerator) -> dict[str, Tensor]:
     """Half of the steps, then the rest from a snapshot by a new student: as ``trained`` all at once, to the bit."""
     groups = {}
@@ -186,6 +215,10 @@ def tasks() -> dict[str, Callable[[Accelerator], dict[str, Tensor]]]:
     found = {
         "unsynchronised": unsynchronised,
         "non-finite": non_finite,
+        "deferred non-finite": lambda a: deferred(non_finite, a),
+        "deferred meanflow ddp": lambda a: deferred(lambda b: trained(tiny.meanflow(), settings(), b), a),
+        "asked": asked,
+        "deferred asked": lambda a: deferred(asked, a),
         "shares": shares,
         "resumed consistency fsdp2": lambda a: resumed(tiny.consistency(), settings("fsdp2"), a),
         "accumulated meanflow ddp": lambda a: trained(tiny.meanflow(), settings(gradient_accumulation_steps=4), a, 3),

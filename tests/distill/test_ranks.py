@@ -125,6 +125,20 @@ def test_gradients_of_a_bare_network_are_caught(two: dict[str, Tensor]) -> None:
 
 def test_a_sample_of_another_process_is_named(two: dict[str, Tensor]) -> None:
     """All processes stop before the same step, and the first tells of the row that only the second has seen."""
-    found = of(two, "non-finite")
-    assert int(found["caught_after"]) == 1
-    assert bool(found["named"])
+    for task, seen in (("non-finite", 1), ("deferred non-finite", 2)):
+        found = of(two, task)
+        assert int(found["caught_after"]) == seen
+        assert bool(found["named"])
+
+
+def test_steps_looked_at_later_are_the_same_on_two_processes(two: dict[str, Tensor]) -> None:
+    now, later = of(two, "trained meanflow ddp"), of(two, "deferred meanflow ddp")
+    assert now.keys() == later.keys()
+    for name, value in now.items():
+        assert torch.equal(later[name], value), name
+
+
+def test_all_processes_stop_after_the_same_step(two: dict[str, Tensor]) -> None:
+    """The third, at which the second process was asked, or the one after it; here is what the first one saw."""
+    assert of(two, "asked")["stops"].tolist() == [False, False, True, False, False]
+    assert of(two, "deferred asked")["stops"].tolist() == [False, False, False, True, False]
