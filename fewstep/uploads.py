@@ -20,7 +20,9 @@ def on_device(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], devi
 
 
 def numbers(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Some numbers as a tensor on a device, as ``on_device`` keeps it."""
+    """Some numbers as a tensor on a device, as ``on_device`` keeps it. Compilers make it a constant of their own."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
     return on_device(_tensor, (values, dtype), device)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.networks.foreign.config import DiffusersConfig, DiffusersFamily
+from fewstep.uploads import numbers
 
 Call = Callable[[Any, DiffusersConfig, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """``(net, config, x [B, C, H, W], tau [B], condition by name) -> output [B, at least C, H, W]``."""
@@ -61,8 +62,8 @@ def _pixart(net: Any, config: DiffusersConfig, x: Tensor, tau_B: Tensor, told: M
     size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if net.use_additional_conditions:
         height, width = (config.pixels * side for side in x.shape[-2:])
-        size["resolution"] = x.new_tensor([height, width]).expand(len(x), 2)
-        size["aspect_ratio"] = x.new_tensor([height / width]).expand(len(x), 1)
+        size["resolution"] = numbers((height, width), x.device, x.dtype).expand(len(x), 2)
+        size["aspect_ratio"] = numbers((height / width,), x.device, x.dtype).expand(len(x), 1)
     return net(x, timestep=tau_B, **told, added_cond_kwargs=size, return_dict=False)[0]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UsageError
+from fewstep.uploads import numbers
 
 Resample = Literal["keep", "up", "down"]
 
@@ -63,7 +64,7 @@ def one_hot(label: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
 
 def filter_of(taps: Sequence[float], device: torch.device | None = None) -> Tensor:
     """``[1, 1, K, K]``: the product of ``taps`` with themselves, of sum 1."""
-    row = torch.tensor(taps, dtype=torch.float32, device=device)
+    row = numbers(tuple(taps), device or torch.device("cpu"))
     return (torch.outer(row, row) / row.sum().square())[None, None]
 
 

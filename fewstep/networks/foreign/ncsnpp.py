@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fewstep.networks.foreign.config import NCSNPPConfig
 from fewstep.networks.foreign.images import GroupNorm, check_image, clock
+from fewstep.uploads import numbers
 
 FIR = (1.0, 3.0, 3.0, 1.0)
 """The filter of every config of the project, in each direction."""
@@ -96,7 +97,7 @@ class Resample(nn.Module):
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
         if self.fir:
-            taps = torch.tensor(FIR, dtype=h_BCHW.dtype, device=h_BCHW.device) / sum(FIR)
+            taps = numbers(FIR, h_BCHW.device, h_BCHW.dtype) / sum(FIR)
             return filtered(h_BCHW, taps[:, None] * taps, up=self.up)
         return F.interpolate(h_BCHW, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool2d(h_BCHW, 2)
 
