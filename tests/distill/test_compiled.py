@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from conftest import succeed
 from family import meanflow
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fewstep.data.dataset import Batch, BatchSource
 from fewstep.data.load import digits
+from fewstep.distill import run, train
 from fewstep.distill.compiled import compile_objective, compile_teacher, norms_in_parts
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.tangent import central_difference, forward_derivative
@@ -247,3 +250,21 @@ def test_the_default_backend() -> None:
     except EnvironmentFault as fault:
         pytest.skip(str(fault))
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_run_compiles_its_teacher_unless_pairs_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a batch of the run's own; an analytic teacher has nothing to compile."""
+    small = ("train.batch_size=8", "train.steps=1", "train.warmup_steps=0")
+    teacher = tmp_path / "teacher"
+    succeed("teach", "digits-teacher", *small, "student.network={kind: mlp, width: 8, depth: 1}", "--out", teacher)
+    compiled: list[tuple[nn.Module, Batch]] = []
+    monkeypatch.setattr(run, "compile_teacher", lambda net, data: compiled.append((net, data)))
+    monkeypatch.setattr(train, "compile_objective", lambda objective, data: None)
+    own = ("train.compile=true", f"teacher.path={teacher}", *small)
+    succeed("distill", "digits-meanflow", *own, "--out", tmp_path / "meanflow")
+    ((net, data),) = compiled
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert data.x.shape == (8, 1, 8, 8)
+    pairs = ("objective.pairs.count=8", "objective.pairs.steps=2", "objective.distil_steps=null")
+    succeed("distill", "digits-reflow", *own, *pairs, "--out", tmp_path / "reflow")
+    assert len(compiled) == 1
