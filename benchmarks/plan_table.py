@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--objective", default="flow_matching")
     options = parser.parse_args()
     print(
-        "| network | samples | parameters | GFLOP forward, step | GPUs | at once, most | GiB each | samples/s | days |"
+        "| network | samples | parameters | GFLOP forward, step | GPUs | at once, most | GiB each | samples/s | hours |"
     )
     print("|:--|:--|--:|--:|--:|--:|--:|--:|--:|")
     for shape in SHAPES:
@@ -72,7 +72,7 @@ def main() -> None:
                     f"{plan.microbatch}, {plan.largest}",
                     f"{plan.memory.total / GIB:.1f}",
                     f"{plan.samples_per_s:,.0f}",
-                    f"{plan.hours / 24:.1f}",
+                    f"{plan.hours:,.1f}",
                 )
                 print(f"| {' | '.join(cells)} |", flush=True)
 
