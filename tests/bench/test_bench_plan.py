@@ -22,6 +22,7 @@ from fewstep.bench.network import forward_flops
 from fewstep.bench.objectives import _Workshop, variants
 from fewstep.bench.outline import outline
 from fewstep.bench.plan import LAUNCH_S, Plan, make_plan
+from fewstep.bench.plan_memory import Sizes, memory_of
 from fewstep.bench.train import bare_training
 from fewstep.config import RunConfig, load_config
 from fewstep.distill.shards import local, shard
@@ -336,6 +337,23 @@ def test_exchange_of_shards() -> None:
     busy = stage.step_s - stage.exchange_s - stage.optimiser_s
     assert stage.exchange_s == pytest.approx(3 / 4 * 3 * 4 * plan.params / 1e6 - busy)
     assert plan.memory.gradients == plan.memory.weights < 1.1 * plan.params
+
+
+def test_a_sharded_step_by_hand() -> None:
+    """Where activations are most, a block and the next one are there; where gradients are, all buffers of the way back;
+    and several microbatches add their gradients up whole. Ten blocks of 40 bytes and 8 outside of them, on four."""
+    own = Sizes(whole=408, trained=408, shard=102, trained_shard=102, block=40, root=8)
+    shared: dict[str, Any] = {"gpus": 4, "sharded": True, "averages": 2}
+
+    def step(activations: int, microbatches: int = 1) -> int:
+        memory = memory_of({"student": own, "target": own}, activations, microbatches=microbatches, **shared)
+        assert (memory.weights, memory.held, memory.moments, memory.averages) == (102, 102, 204, 204)
+        return memory.gradients + memory.exchange + memory.activations
+
+    assert step(10_000) == 10_000 + 8 + 2 * 40
+    assert step(500) == round(0.9 * 500 + 0.1 * 102) + 8 + 5 * 40
+    assert step(0) == 102 + 8 + 5 * 40
+    assert step(1000, microbatches=2) == 408 + 1000 + 8 + 5 * 40
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not() -> None:
