@@ -135,12 +135,13 @@ def centre_of(features_ND: Tensor) -> Tensor:
 
 
 def _radii(x_ND: Tensor, k: int, chunk: int) -> Tensor:
-    """Each distance is computed once and serves both of its rows: half of the products."""
+    """Each distance is computed once and serves both of its rows: half of the products. Of the later rows those alone
+    look at a tile that have a distance in it below the k-th that they know: one in five, after some thousand rows."""
     if not 1 <= k < len(x_ND):
         raise ValueError(f"the {k}-th nearest other of {len(x_ND)} rows does not exist")
     nearest_Nk = x_ND.new_full((len(x_ND), k), torch.inf)  # squared, among the rows seen so far
 
-    def see(rows: slice, square_BN: Tensor) -> None:
+    def see(rows: slice | Tensor, square_BN: Tensor) -> None:
         found = smallest(square_BN, k)[0] if square_BN.shape[1] > k else square_BN
         nearest_Nk[rows] = torch.cat((nearest_Nk[rows], found), dim=1).topk(k, largest=False, sorted=True).values
 
@@ -154,9 +155,11 @@ def _radii(x_ND: Tensor, k: int, chunk: int) -> Tensor:
         _square(later[:rows], norm[:rows], later, norm, out=square_BN)
         square_BN.diagonal().fill_(torch.inf)  # a row is not its own neighbour
         see(slice(start, start + rows), square_BN)
-        if len(later) > rows:
-            square_NB = turned[: rows * (len(later) - rows)].view(len(later) - rows, rows)
-            see(slice(start + rows, None), square_NB.copy_(square_BN[:, rows:].T))
+        beside_BN, known_N = square_BN[:, rows:], nearest_Nk[start + rows :, -1]
+        near = (beside_BN.amin(0) < known_N).nonzero()[:, 0]
+        if len(near):
+            square_NB = turned[: rows * len(near)].view(len(near), rows)
+            see(near + start + rows, torch.index_select(beside_BN.T, 0, near, out=square_NB))
     return nearest_Nk.sqrt_()
 
 
