@@ -139,6 +139,29 @@ def _timed(sampler: Sampler, steps: int, data: Dataset, seed: int, device: torch
     return time.perf_counter() - began
 
 
+Moment = float | torch.cuda.Event
+"""A time: of the clock, or of a GPU's stream."""
+
+
+def moment(device: torch.device) -> Moment:
+    """Now; on a GPU when the stream has come so far, which nothing waits for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(began: Moment, ended: Moment) -> float:
+    """From one moment to a later one of the same device; waits for that."""
+    if isinstance(began, float) or isinstance(ended, float):
+        assert isinstance(began, float)
+        assert isinstance(ended, float)
+        return ended - began
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for what a GPU was given; nothing on a CPU."""
     if device.type == "cuda":

@@ -6,7 +6,6 @@ samples each and find the rows of one.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -35,7 +34,7 @@ from fewstep.evaluation.reference import (
 )
 from fewstep.evaluation.results import Measured, Row
 from fewstep.evaluation.share import ALONE, Share
-from fewstep.evaluation.speed import measure_speed, percentile, synchronise
+from fewstep.evaluation.speed import Moment, measure_speed, moment, percentile, seconds_between
 from fewstep.evaluation.strips import COUNT, samples_strip
 from fewstep.evaluation.trajectory import of_row, trajectory_measures
 from fewstep.evaluation.transport import wasserstein2
@@ -265,22 +264,24 @@ def draw(
 
     Below ``TILE`` rows, and at the edge of some other sizes, matrix products take kernels that round otherwise: the
     last batch is filled up to a multiple of ``tile``, so that neither ``n`` nor the number of processes changes a bit.
+    On a GPU nothing waits for a batch before the next one is asked for.
     """
     parts, labels, nfe = [], [], 0
-    rates: dict[int, list[float]] = {}
+    timed: list[tuple[int, Moment, Moment]] = []
     every, count = share.own(n, tile=tile, device=device)
     for indices in every.split(batch_size):
         noise = sampler.source(Key(seed), "noise", indices, data.shape)
         label = data.drawn_condition(indices)
-        synchronise(device)
-        began = time.perf_counter()
+        began = moment(device)
         samples = sampler(steps, noise, label, Key(seed), indices)
-        synchronise(device)
-        rates.setdefault(len(indices), []).append(len(indices) / (time.perf_counter() - began))
+        timed.append((len(indices), began, moment(device)))
         nfe = samples.nfe
         parts.append(samples.x)
         if isinstance(label, Tensor):
             labels.append(label)
+    rates: dict[int, list[float]] = {}
+    for size, began, ended in timed:
+        rates.setdefault(size, []).append(size / seconds_between(began, ended))
     middle = {size: statistics.median(found) for size, found in rates.items()}
     return Drawn(torch.cat(parts)[:count], torch.cat(labels)[:count] if labels else None, nfe, middle)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Dataset
-from fewstep.evaluation.speed import flops_per_image, measure_speed, percentile
+from fewstep.evaluation.speed import flops_per_image, measure_speed, moment, percentile, seconds_between
 from fewstep.keys import Key
 from fewstep.sampling import Samples
 from fewstep.sources import Source, gaussian
@@ -93,3 +93,24 @@ def test_percentiles_by_hand() -> None:
     assert percentile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
     assert percentile([4.0, 1.0, 2.0, 3.0], 1.0) == 4.0
     assert percentile([5.0], 0.95) == 5.0
+
+
+def test_moments_of_a_stream_are_waited_for_once_and_are_milliseconds(clock: Clock) -> None:
+    """A GPU's events as torch has them; of the clock a moment is what it shows."""
+
+    class Event:
+        waited = False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+        def elapsed_time(self, later: "Event") -> float:
+            assert later.waited
+            return 1500.0
+
+    began, ended = Event(), Event()
+    assert seconds_between(began, ended) == 1.5  # type: ignore[arg-type]
+    assert not began.waited
+    first = moment(CPU)
+    clock.now += 0.25
+    assert seconds_between(first, moment(CPU)) == 0.25
