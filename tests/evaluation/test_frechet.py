@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.evaluation import frechet
-from fewstep.evaluation.frechet import Moments, congruence, frechet_distance, half_split, merge, moments
+from fewstep.evaluation.frechet import Moments, congruence, frechet_distance, half_split, half_splits, merge, moments
 
 
 def gaussian(mean, cov, n=10**6) -> Moments:
@@ -321,3 +321,26 @@ def test_against_scipy_sqrtm():
     trace = sqrtm((a.cov @ b.cov).numpy()).real.trace()
     expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * trace
     close(frechet_distance(a, b), expected, 1e-9)
+
+
+@pytest.mark.parametrize("dim", [3, 8, 11])
+def test_half_of_a_scatter_matrix_is_enough(monkeypatch, dim):
+    x = samples(60, dim, seed=70)
+    whole = moments(x)
+    monkeypatch.setattr("fewstep.evaluation.frechet._HALF_FROM", 4)
+    found = moments(x)
+    assert torch.equal(found.cov, found.cov.T)
+    close(found.cov, whole.cov)
+    close(found.cov, torch.cov(x.double().T))
+
+
+def test_halves_share_their_products_with_the_whole():
+    """What the merged quarters have under the reference's factor is what the whole sample has."""
+    x, ref = samples(203, 5, seed=71), moments(samples(100, 5, seed=72))
+    found = half_splits(quarters(x), ref)
+    assert found.gram is not None
+    close(found.gram, congruence(ref.factor, moments(x).cov))
+    close(found.plain, frechet_distance(ref, moments(x)))
+    assert found.value == half_split(quarters(x), ref)
+    flat = moments(samples(100, 5, seed=73) * torch.tensor([1.0, 1, 1, 1, 0]))  # a singular reference has none
+    assert half_splits(quarters(x), flat).gram is None
