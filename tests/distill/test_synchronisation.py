@@ -129,6 +129,7 @@ def _autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         plain(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
     monkeypatch.setattr(torch.autocast, "__init__", init)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
 
 
 def blank(**changes: Any) -> Dataset:
