@@ -21,10 +21,11 @@ import torch
 from fewstep.bench.accelerators import Accelerator
 from fewstep.bench.measure import append_row, in_turns, ledger_row
 from fewstep.bench.memory import peak_bytes
-from fewstep.bench.objectives import _Workshop, variants
 from fewstep.bench.outline import outline
 from fewstep.bench.plan import Plan, make_plan
 from fewstep.bench.train import bare_training
+from fewstep.bench.variants import variants
+from fewstep.bench.workshop import Workshop
 from fewstep.config import RunConfig, check_config
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.distill.plan import plan as stages_of
@@ -81,7 +82,7 @@ class Point:
     """A training step as the bench of objectives makes it, and the config that a plan is made from."""
 
     def __init__(self, folder: Path, size: str, batch: int, objective: str) -> None:
-        workshop = _Workshop(folder, size, SHAPE, CLASSES, batch, CPU)
+        workshop = Workshop(folder, size, SHAPE, CLASSES, batch, CPU)
         variant = variants()[objective]
         self.config: RunConfig = workshop.config(variant)
         self.objective = workshop.objective(variant)

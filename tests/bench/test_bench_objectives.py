@@ -16,9 +16,10 @@ from fewstep.bench import measure, objectives
 from fewstep.bench import variants as lines
 from fewstep.bench.measure import Spread, Time
 from fewstep.bench.memory import peak_bytes
-from fewstep.bench.objectives import _Workshop, bench_objectives
+from fewstep.bench.objectives import bench_objectives
 from fewstep.bench.textbook import Textbook, step_difference
 from fewstep.bench.variants import REFERENCE, TEXTBOOK, chosen_variants, variants
+from fewstep.bench.workshop import Workshop
 from fewstep.config import TRAINS, check_config
 from fewstep.data.dataset import Batch, Dataset
 from fewstep.distill.flow_maps.config import AdaptivePowerConfig, MeanFlowConfig
@@ -41,8 +42,8 @@ MEANFLOW = [
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> _Workshop:
-    return _Workshop(tmp_path, "mlp-tiny", (1, 8, 8), 10, 8, CPU)
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path, "mlp-tiny", (1, 8, 8), 10, 8, CPU)
 
 
 # ------------------------------------------------------------------------------------------------- the textbook's step
@@ -158,7 +159,7 @@ def test_kinds_and_lines_are_chosen_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", variants())
-def test_every_objective_is_built_as_training_builds_it(name: str, workshop: _Workshop) -> None:
+def test_every_objective_is_built_as_training_builds_it(name: str, workshop: Workshop) -> None:
     """With its settings, on the same network, and with no weight that is all zeros to hide part of the work."""
     variant = variants()[name]
     config = workshop.config(variant)

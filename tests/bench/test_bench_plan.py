@@ -19,11 +19,12 @@ from fewstep.bench.calls import Call, Role, stage_calls
 from fewstep.bench.dry import DryStep, Tally, dry_step
 from fewstep.bench.memory import peak_bytes
 from fewstep.bench.network import forward_flops
-from fewstep.bench.objectives import _Workshop, variants
 from fewstep.bench.outline import outline
 from fewstep.bench.plan import LAUNCH_S, Plan, make_plan
 from fewstep.bench.plan_memory import Sizes, memory_of
 from fewstep.bench.train import bare_training
+from fewstep.bench.variants import variants
+from fewstep.bench.workshop import Workshop
 from fewstep.config import RunConfig, load_config
 from fewstep.distill.shards import local, shard
 from fewstep.networks.build import build_network, parameter_count
@@ -47,14 +48,14 @@ def planned(recipe: str, *overrides: str, gpus: int = 1, gpu: Accelerator = SLOW
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> _Workshop:
-    return _Workshop(tmp_path_factory.mktemp("workshop"), "flot-tiny", (1, 8, 8), 10, 16, CPU)
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"), "flot-tiny", (1, 8, 8), 10, 16, CPU)
 
 
 @pytest.mark.parametrize(
     "objective", ["flow_matching", "meanflow", pytest.param("terminal_velocity", marks=pytest.mark.thorough)]
 )
-def test_memory_and_operations_are_those_of_a_real_step(objective: str, workshop: _Workshop) -> None:
+def test_memory_and_operations_are_those_of_a_real_step(objective: str, workshop: Workshop) -> None:
     """The most that torch's allocator holds in a step, measured: 1.001. Operations to the last one, and the bytes that
     kernels move between products but for those of noise, times and loss."""
     variant = variants()[objective]
@@ -106,7 +107,7 @@ def test_memory_on_a_gpu(objective: str, precision: str, tmp_path: Path) -> None
     from fewstep.distill.train import make_accelerator, train
 
     device = torch.device("cuda")
-    workshop = _Workshop(tmp_path, "flot-mini", (3, 32, 32), 10, 32, device)
+    workshop = Workshop(tmp_path, "flot-mini", (3, 32, 32), 10, 32, device)
     variant = variants()[objective]
     found = workshop.config(variant)
     settings = found.model_copy(update={"train": found.train.model_copy(update={"precision": precision})})
