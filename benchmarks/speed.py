@@ -27,8 +27,8 @@ SET: dict[str, tuple[str, ...]] = {
     "objectives": ("objectives", "meanflow", "--batch-size", "64", "--repeats", "7", "--threads", "1"),
     "network": ("network", "flot-tiny", "unet-tiny", "--shape", "1,8,8", "--batch-size", "128", "--repeats", "9"),
     "loader": ("loader", "digits-teacher", "--repeats", "200", "--steps", "20"),
-    "sample": ("sample", "--repeats", "15"),
-    "metrics": ("metrics", "frechet", "neighbours", "kernel", "--n", "2000", "--dim", "512"),
+    "sample": ("sample", "--repeats", "12", "--threads", "1"),
+    "metrics": ("metrics", "frechet", "neighbours", "--n", "2000", "--dim", "512", "--no-memory"),
     "sweep": ("metrics", "sweep", "--n", "1000", "--steps", "1", "--runs", "RUNS"),
 }
 """Arguments of `fewstep bench`. RUNS is a folder of a teacher and three students that have hardly trained: what a sweep
