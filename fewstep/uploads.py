@@ -9,14 +9,23 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 
-@lru_cache(maxsize=128)
 def on_device(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], device: torch.device) -> Tensor:
     """``make(*arguments)``, a pure function of hashable arguments, on a device: the same tensor at every call, not to
     be changed in place."""
-    with torch.inference_mode(False):  # what is made in inference could not be used in training later
+    if active_fake_mode() is not None:  # tensors without numbers are of their mode alone
         return make(*arguments).to(device)
+    return _kept(make, arguments, device)
+
+
+@lru_cache(maxsize=128)
+def _kept(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], device: torch.device) -> Tensor:
+    # What is made in inference could not be used in training later, and on the meta device not at all.
+    with torch.inference_mode(False), torch.device("cpu"):
+        made = make(*arguments)
+    return made.to(device)
 
 
 def numbers(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

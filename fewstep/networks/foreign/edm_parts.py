@@ -63,8 +63,8 @@ def one_hot(label: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
 
 
 def filter_of(taps: Sequence[float], device: torch.device | None = None) -> Tensor:
-    """``[1, 1, K, K]``: the product of ``taps`` with themselves, of sum 1."""
-    row = numbers(tuple(taps), device or torch.device("cpu"))
+    """``[1, 1, K, K]``: the product of ``taps`` with themselves, of sum 1. Without a device: where modules are made."""
+    row = torch.tensor(tuple(taps), dtype=torch.float32) if device is None else numbers(tuple(taps), device)
     return (torch.outer(row, row) / row.sum().square())[None, None]
 
 
