@@ -248,6 +248,19 @@ class FlowMap(Protocol):
         ...
 
 
+@runtime_checkable
+class UncheckedMap(Protocol):
+    """A flow map that also jumps without asking whether the times of this one batch are in its domain."""
+
+    def jump(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor: ...
+
+
+def unchecked(flow_map: FlowMap) -> Callable[..., Tensor]:
+    """A flow map for jumps that are known to be in its domain: where it can it does not look at their times again,
+    which would read those of every call back from the device."""
+    return flow_map.jump if isinstance(flow_map, UncheckedMap) else flow_map
+
+
 def check_jumps(domain: TimeDomain, t_B: Tensor, r_B: Tensor) -> None:
     """Check every distinct pair of a batch of jumps against a domain (one host synchronisation)."""
     for t, r in {(float(t), float(r)) for t, r in zip(t_B.tolist(), r_B.tolist(), strict=True)}:

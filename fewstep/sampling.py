@@ -12,13 +12,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.condition import Condition
-from fewstep.flow import LINEAR, FlowMap, VelocityField, uniform_grid
+from fewstep.flow import LINEAR, FlowMap, VelocityField, unchecked, uniform_grid
 from fewstep.keys import Key, StepsKey
 from fewstep.sources import SOURCES, Source, gaussian
 
@@ -339,16 +339,8 @@ def _checked(times: Times) -> Sequence[float]:
     return nodes
 
 
-@runtime_checkable
-class _Unchecked(Protocol):
-    """A flow map that also jumps without asking whether the times of this one batch are in its domain."""
-
-    def jump(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor: ...
-
-
 def _jump(flow_map: FlowMap, jumps: Iterable[tuple[float, float]]) -> Callable[..., Tensor]:
-    """The map, after all its jumps were found in its domain. Where it can it does not check them again: that would
-    read the times of every call back from the device."""
+    """The map, after all its jumps were found in its domain."""
     for t, r in jumps:
         flow_map.domain.check(t, r)
-    return flow_map.jump if isinstance(flow_map, _Unchecked) else flow_map
+    return unchecked(flow_map)

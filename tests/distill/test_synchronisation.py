@@ -28,7 +28,7 @@ from fewstep.distill.couplings import assignment, paired_noise
 from fewstep.distill.curvature import CurvatureWeighting
 from fewstep.distill.flow_matching import FlowMatching
 from fewstep.distill.objective import LossOutput, Objective
-from fewstep.distill.progressive.objective import ProgressiveStage, StageMap
+from fewstep.distill.progressive.objective import ProgressiveStage
 from fewstep.distill.run import run_training
 from fewstep.distill.tangent import central_difference
 from fewstep.distill.train import NonFiniteError
@@ -37,6 +37,7 @@ from fewstep.flow import TimeDomain
 from fewstep.grids import uniform_nodes
 from fewstep.keys import Key
 from fewstep.sources import gaussian
+from fewstep.students.maps import AverageVelocityMap
 from fewstep.teachers.network import freeze
 from fewstep.times import jump_rows, jumps_last, logit_normal, truncated_student
 
@@ -53,7 +54,7 @@ def weighted_by_curvature() -> Objective:
 
 def later_stage() -> Objective:
     """Progressive distillation with the student of the stage before for a teacher."""
-    previous = StageMap(freeze(tiny.student()), TimeDomain("grid", uniform_nodes(8)))
+    previous = AverageVelocityMap(freeze(tiny.student()), TimeDomain("grid", uniform_nodes(8)))
     return ProgressiveStage(tiny.student(), teacher=previous, teacher_grid=uniform_nodes(8))
 
 

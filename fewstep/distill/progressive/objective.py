@@ -16,7 +16,7 @@ from fewstep.distill.jumps import jump_target, solve
 from fewstep.distill.objective import LossOutput, Objective, mean_square
 from fewstep.distill.tangent import Net
 from fewstep.distill.time_weights import TimeWeight, velocity_weight
-from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, expand
+from fewstep.flow import ANY_JUMP, LINEAR, FlowMap, TimeDomain, VelocityField, unchecked
 from fewstep.grids import Grid, check_grid, thinned, uniform_nodes
 from fewstep.keys import Key
 from fewstep.networks.dropout import keyed_dropout
@@ -40,22 +40,6 @@ class SolverMap:
 
     def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
         return solve(self.field, self.solver, x, t_B, r_B, label_B, substeps=self.substeps)
-
-
-@dataclass(frozen=True)
-class StageMap:
-    """The student of the stage before, as the teacher of this one: ``x_r = x_t - (t - r) u(x_t, t, r)``.
-
-    Rows are not held against the domain one by one, which would mean to wait for the device: a stage checks the jumps
-    of its grid as it is made, and makes no others.
-    """
-
-    net: Net
-    domain: TimeDomain
-    nfe: int = 1
-
-    def __call__(self, x: Tensor, t_B: Tensor, r_B: Tensor, label_B: Condition | None = None) -> Tensor:
-        return x - expand(t_B - r_B, x) * self.net(x, t_B, r_B, label_B)
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ class ProgressiveStage(Objective):
         if self.told is not None:
             guidance_B3 = self.told.draws.draw(key, batch.index)
             teacher, net = self.told.teacher(guidance_B3), Guided(self.student, guidance_B3)
-        target = two_steps(teacher, x_t, t, m, s, batch.label)
+        target = two_steps(unchecked(teacher), x_t, t, m, s, batch.label)
         with keyed_dropout(self.student, key, batch.index):
             residual = mean_square(net(x_t, t, s, batch.label) - target)
         return LossOutput(self.weight(t) * residual, residual.detach(), t, {})
@@ -154,7 +138,7 @@ def check_same_grid(state: dict[str, Tensor], grid: Grid) -> None:
 
 @torch.no_grad()
 def two_steps(
-    teacher: FlowMap, x_t: Tensor, t_B: Tensor, m_B: Tensor, s_B: Tensor, label_B: Condition | None = None
+    teacher: Callable[..., Tensor], x_t: Tensor, t_B: Tensor, m_B: Tensor, s_B: Tensor, label_B: Condition | None = None
 ) -> Tensor:
     """``v*``: the average velocity over ``[s, t]`` of the teacher's two steps by way of ``m``, in full precision: of
     two close points, and every stage inherits the errors of the one before.

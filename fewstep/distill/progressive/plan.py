@@ -19,7 +19,7 @@ from fewstep.distill.flow_maps.velocity import ContrastedField
 from fewstep.distill.ingredients import contrast_of, grid_of, range_of, teachers_noise, time_weight_of
 from fewstep.distill.objective import Objective, mean_square
 from fewstep.distill.progressive.config import OptimisedGrid, ProgressiveConfig
-from fewstep.distill.progressive.objective import ProgressiveStage, SolverMap, StageMap, Told, stage_steps
+from fewstep.distill.progressive.objective import ProgressiveStage, SolverMap, Told, stage_steps
 from fewstep.distill.progressive.optimised_grid import optimised_nodes, step_costs
 from fewstep.distill.stage import Stage
 from fewstep.errors import UsageError
@@ -27,6 +27,7 @@ from fewstep.flow import FlowMap, TimeDomain, VelocityField
 from fewstep.grids import Grid, thinned
 from fewstep.keys import Key
 from fewstep.sources import SOURCES
+from fewstep.students.maps import AverageVelocityMap
 from fewstep.teachers.guided import GuidedField
 from fewstep.teachers.load import Teacher
 from fewstep.teachers.network import NetworkField
@@ -62,7 +63,7 @@ def progressive_stages(config: RunConfig, teacher: Teacher | None, data: Dataset
                 net = previous if guidance_B3 is None else Guided(previous, guidance_B3)
                 if two_stages and steps == counts[0]:
                     return SolverMap(NetworkField(net), objective.solver, objective.substeps)
-                return StageMap(net, TimeDomain("grid", teacher_grid))
+                return AverageVelocityMap(net, TimeDomain("grid", teacher_grid))
 
             return ProgressiveStage(
                 student,
