@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.commands.shared import AsJson, SolverChoice, user_errors
+from fewstep.commands.shared import AsJson, PrecisionChoice, SolverChoice, user_errors
 from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import UsageError
 
@@ -241,6 +241,17 @@ def data_classifier(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of training.")] = 600,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which images are held out, and the training.")] = 0,
+    test: Annotated[
+        str | None, typer.Option("--test", help="A test set, as SOURCE, that gives the accuracy: nothing is held out.")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option("--widths", help="Channels of each stage, multiples of 8. [default: 32,64,64]")
+    ] = None,
+    feature_dim: Annotated[int, typer.Option("--features", min=1, help="Numbers per image.")] = 64,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the images of every batch.")] = False,
+    precision: Annotated[
+        PrecisionChoice, typer.Option("--precision", help="Of the products in training.")
+    ] = PrecisionChoice.fp32,
     size: Size = None,
     channels: ChannelsOption = None,
     skip_broken: SkipBroken = False,
@@ -255,15 +266,23 @@ def data_classifier(
     Example: fewstep data classifier images/ --out classifier; then --features classifier:classifier
     """
     with user_errors(), _in_options():
+        stages = None if widths is None else _widths(widths)
         from fewstep.data.load import load_data
+        from fewstep.evaluation.classifier import WIDTHS
         from fewstep.evaluation.classifier_training import train_classifier
         from fewstep.workflows import data_source, default_device
 
         config = data_source(source, **_options(size, channels, skip_broken, False, max_images))
+        test_config = None if test is None else data_source(test, **_options(size, channels, skip_broken, False, None))
         with meter("classifier") as shown:
             card = train_classifier(
                 load_data(config),
                 out,
+                test=None if test_config is None else load_data(test_config),
+                widths=WIDTHS if stages is None else stages,
+                feature_dim=feature_dim,
+                flip=flip,
+                precision=precision.value,
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
@@ -271,10 +290,17 @@ def data_classifier(
                 overwrite=overwrite,
                 report=lambda done, total: shown.update(done, total, "steps"),
             )
-        say(f"{card['accuracy']:.2%} of {card['held_out']} held-out images right after {card['seconds']} s -> {out}")
+        kind = f"images of {card['tested_on']}" if test is not None else "held-out images"
+        say(f"{card['accuracy']:.2%} of {card['held_out']} {kind} right after {card['seconds']} s -> {out}")
         say(f"features: --features classifier:{out}")
         if as_json:
             emit_json({"classifier": str(out), **card})
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    if not all(width.strip().isdecimal() for width in text.split(",")):
+        raise UsageError(f"--widths takes numbers such as 32,64,128, got '{text}'")
+    return tuple(map(int, text.split(",")))
 
 
 def _options(

@@ -38,6 +38,11 @@ class SolverChoice(StrEnum):
     midpoint = "midpoint"
 
 
+class PrecisionChoice(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 SolverOption = Annotated[
     SolverChoice | None, typer.Option("--solver", help="Solver of a teacher's steps; a student has its own rule.")
 ]

@@ -8,7 +8,7 @@ Shapes: N images, C channels, H by W pixels, D features, K classes.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,20 +46,22 @@ class ResidualBlock(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """uint8 images ``[N, C, H, W]`` of one shape -> features ``[N, 64]`` -> logits ``[N, K]``.
+    """uint8 images ``[N, C, H, W]`` of one shape -> features ``[N, D]`` -> logits ``[N, K]``.
 
-    Sides above 32 are reduced to 32 by the means of blocks. Three stages, each at half the side of the one before, end
-    in a grid of 2 x 2 that is flattened: where a stroke is matters.
+    Sides above 32 are reduced to 32 by the means of blocks. Stages of the given widths (multiples of 8), each at half
+    the side of the one before, end in a grid of 2 x 2 that is flattened: where a stroke is matters.
     """
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, widths: Sequence[int] = WIDTHS, feature_dim: int = FEATURE_DIM
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, WIDTHS[0], 3, padding=1)
-        widths = (WIDTHS[0], *WIDTHS)
-        self.stages = nn.ModuleList(ResidualBlock(*pair) for pair in itertools.pairwise(widths))
-        self.norm = nn.GroupNorm(8, WIDTHS[-1])
-        self.neck = nn.Linear(4 * WIDTHS[-1], FEATURE_DIM)
-        self.head = nn.Linear(FEATURE_DIM, num_classes)
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.widths, self.feature_dim = tuple(widths), feature_dim
+        self.stages = nn.ModuleList(ResidualBlock(*pair) for pair in itertools.pairwise((widths[0], *widths)))
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.neck = nn.Linear(4 * widths[-1], feature_dim)
+        self.head = nn.Linear(feature_dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate activations of uint8 images; a grey level ``u`` enters as ``u / 127.5 - 1``."""
@@ -87,13 +89,14 @@ class ClassifierFeatures:
     shape: tuple[int, ...]
     digest: str
     card: Mapping[str, Any]
+    dim: int | None
     name: str = "classifier"
-    dim: int | None = FEATURE_DIM
     takes: Literal["uint8", "float"] = "uint8"
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {key: self.card[key] for key in ("dataset", "trained_on", "held_out", "accuracy") if key in self.card}
+        told = ("dataset", "trained_on", "held_out", "tested_on", "accuracy")
+        return {key: self.card[key] for key in told if key in self.card}
 
     def __call__(self, images: Tensor) -> Tensor:
         check_images(images)
@@ -109,7 +112,8 @@ class ClassifierFeatures:
 def write_classifier(folder: Path, network: ImageClassifier, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write weights and card into a folder; returns the card. ``facts`` has ``shape`` and ``num_classes`` at least."""
     digest = write_tensors(folder / WEIGHTS, dict(network.state_dict()), {"format": "pt"})
-    card = {"format": FORMAT, **facts, "digest": digest}
+    sizes = {"widths": list(network.widths), "feature_dim": network.feature_dim}
+    card = {"format": FORMAT, **facts, **sizes, "digest": digest}
     write_json(folder / CARD, card)  # last: a folder with it is complete
     return card
 
@@ -124,9 +128,11 @@ def load_classifier(folder: Path, device: torch.device) -> ClassifierFeatures:
     with damage_in(folder):
         tensors = read_tensors(folder / WEIGHTS, str(card["digest"]))
         shape = tuple(int(side) for side in card["shape"])
-        network = ImageClassifier(shape[0], int(card["num_classes"]))
+        widths = [int(width) for width in card.get("widths", WIDTHS)]
+        feature_dim = int(card.get("feature_dim", FEATURE_DIM))
+        network = ImageClassifier(shape[0], int(card["num_classes"]), widths, feature_dim)
         network.load_state_dict(tensors)
     network = network.eval().requires_grad_(False)
     text = f"classifier: {'x'.join(map(str, shape))}, u / 127.5 - 1, block means to {SIDE}"
     digest = extractor_digest(text, tensors_digest(tensors).encode())
-    return ClassifierFeatures(device, network.to(device), shape, digest, card)
+    return ClassifierFeatures(device, network.to(device), shape, digest, card, feature_dim)

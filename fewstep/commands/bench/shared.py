@@ -1,22 +1,17 @@
 """What the benchmarks' commands share."""
 
 import math
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fewstep.commands.shared import PrecisionChoice
 from fewstep.console import emit_json
 from fewstep.errors import UsageError, nearest
 
 Ledger = Annotated[Path | None, typer.Option("--ledger", help="Append the row to this file.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="torch threads (0: as many as torch takes).")]
-
-
-class PrecisionChoice(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 Precision = Annotated[PrecisionChoice, typer.Option("--precision", help="Of networks, as train.precision is.")]
