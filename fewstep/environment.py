@@ -6,7 +6,10 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "accelerate", "safetensors", "torchmetrics", "clean-fid", "numpy", "pydantic")
 
@@ -28,6 +31,15 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def device_name(device: "torch.device") -> str:
+    """What a device is called: a GPU by its model, a CPU by its processor. Imports torch."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return _processor() if device.type == "cpu" else device.type
 
 
 def commit() -> str | None:

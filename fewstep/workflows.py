@@ -472,17 +472,27 @@ def _teacher_candidate(teacher: Teacher, steps: tuple[int, ...], solver: Solver)
 
 
 def _facts(model: LoadedModel) -> Model:
-    card = model.card
     return Model(
         name=model.name,
         role="teacher" if model.role == "teacher" else "student",
         objective=model.objective,
         params=model.params,
-        train_steps=card["train"]["steps"],
-        train_samples=card["train"]["samples"],
-        train_s=card["train"]["seconds"],
-        teacher_digest=card["teacher_digest"],
+        teacher_digest=model.card["teacher_digest"],
+        **_training_facts(model.card["train"]),
     )
+
+
+def _training_facts(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of a training, in the words of results. Cards of before devices were recorded name none."""
+    return {
+        "train_steps": train["steps"],
+        "train_samples": train["samples"],
+        "train_s": train["seconds"],
+        "processes": train.get("processes", 1),
+        "device": train.get("device"),
+        "device_type": train.get("device_type"),
+        "device_s": train.get("device_seconds"),
+    }
 
 
 def _teacher_facts(teacher: Teacher, config: RunConfig) -> Model:
@@ -490,15 +500,7 @@ def _teacher_facts(teacher: Teacher, config: RunConfig) -> Model:
         trained = read_model(Path(config.teacher.path)).card["train"]
     else:
         trained = {"steps": 0, "samples": 0, "seconds": 0.0}
-    return Model(
-        teacher.name,
-        "teacher",
-        teacher.objective,
-        teacher.params,
-        trained["steps"],
-        trained["samples"],
-        trained["seconds"],
-    )
+    return Model(teacher.name, "teacher", teacher.objective, teacher.params, **_training_facts(trained))
 
 
 # Teachers ------------------------------------------------------------------------------------------------------------

@@ -96,8 +96,9 @@ def rich_report() -> Report:
     teacher = next(row for row in rows if row.role == "teacher" and row.steps == TEACHER_STEPS[-1])
     rows = [row if row is teacher else _with_differences(row, teacher) for row in rows]
     digests = {row.model: row.digest for row in rows}
+    trained = {"processes": 2, "device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"}
     models = [
-        model if model.role == "teacher" else replace(model, teacher_digest=digests["digits-teacher"])
+        replace(model, **trained, teacher_digest=None if model.role == "teacher" else digests["digits-teacher"])
         for model in plain.models
     ]
     return replace(plain, rows=tuple(rows), models=tuple(models))

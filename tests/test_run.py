@@ -253,6 +253,31 @@ def test_the_clock_goes_on_over_stages_and_restarts(trained: Path, tmp_path: Pat
         assert lines[step - 1]["samples_per_s"] * took == pytest.approx(16, rel=0.9)
 
 
+def test_the_card_says_on_what_it_was_trained(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one machine its name; on two, one after the other, those of both."""
+    import fewstep.distill.run as module
+    from fewstep.environment import device_name
+
+    config, here = config_of("meanflow", trained / "teacher"), device_name(torch.device("cpu"))
+
+    def card(run: Path) -> dict[str, Any]:
+        return json.loads((run / "model" / "config.json").read_text())["train"]
+
+    for stop in (4, 6):
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "moved", stop_at=stop, resume=stop > 4)
+    monkeypatch.setattr(module, "device_name", lambda device: "another")
+    train(config, tmp_path / "moved", resume=True)
+    moved = card(tmp_path / "moved")
+    assert (moved["device"], moved["device_type"], moved["processes"]) == (f"{here}, another", "cpu", 1)
+    lines = (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()
+    assert moved["seconds"] == json.loads(lines[-1])["seconds"]
+    assert "device_seconds" not in moved
+    assert card(trained / "meanflow") | {"device": here, "device_type": "cpu", "processes": 1} == card(
+        trained / "meanflow"
+    )
+
+
 def test_threads_are_those_asked_for_while_it_trains(trained: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     recipe, own = METHODS["meanflow"]

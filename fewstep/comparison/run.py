@@ -91,7 +91,7 @@ def check_runs(comparison: Comparison, runs: Sequence[Run]) -> list[Budget]:
 
         request = checked(first.config)
         weights = request.student.state_dict()
-        export(first.config, stand_in, request.data, None, request.student, {0: weights}, 0, 0.0)
+        export(first.config, stand_in, request.data, None, request.student, {0: weights}, 0, ())
         budgets = [_budget(first.config, request.stages)]
         for run in students:
             config = run.config

@@ -1,7 +1,7 @@
 """What a finished training leaves: ``model/``, ready to load."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import fewstep
 from fewstep.checkpoint import DATA_MEAN, RunDirectory, Tensors, write_model
 from fewstep.config import RunConfig, config_yaml
 from fewstep.data.dataset import Dataset
+from fewstep.distill.legs import Leg, cost
 from fewstep.distill.reflow.config import PiecewiseReflowConfig, ReflowConfig
 from fewstep.environment import commit
 from fewstep.files import digest
@@ -37,11 +38,12 @@ def export(
     student: nn.Module,
     exported: dict[int, Tensors],
     steps: int,
-    seconds: float,
+    legs: Sequence[Leg],
     grids: Mapping[int, Grid] = NO_GRIDS,
 ) -> None:
     """Write ``model/``: the averaged weights of every stage that is worth keeping, ready to load. ``exported`` and
-    ``grids`` are keyed by the step counts they serve; what has no grid there is sampled on a uniform one."""
+    ``grids`` are keyed by the step counts they serve; what has no grid there is sampled on a uniform one. ``legs`` say
+    how long training took, and on what."""
     is_teacher = config.objective.kind == "flow_matching"
     files = _files(exported)
     entries: dict[str, dict[str, Any]] = {}
@@ -77,7 +79,7 @@ def export(
         "teacher_digest": None if teacher is None else teacher.digest,
         "ema": config.train.ema[0].name,
         "config_digest": digest(config_yaml(config).encode()),
-        "train": {"steps": steps, "samples": steps * config.train.batch_size, "seconds": round(seconds, 3)},
+        "train": {"steps": steps, "samples": steps * config.train.batch_size, **cost(legs)},
     }
     weights = {file: exported[serves] for serves, file in files.items()}
     if config.objective.kind == "flow_matching" and config.objective.contrast:

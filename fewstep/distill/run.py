@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fewstep.distill.averages import keep_snapshot
 from fewstep.distill.compiled import compile_teacher
 from fewstep.distill.export import export, noise_config
 from fewstep.distill.flow_maps.config import FlowMapBlock, TrajectoryConfig
+from fewstep.distill.legs import Leg, read_legs, up_to
 from fewstep.distill.log import MetricsLog
 from fewstep.distill.plan import plan
 from fewstep.distill.progressive.objective import check_same_grid
@@ -38,7 +39,7 @@ from fewstep.distill.shards import gathered
 from fewstep.distill.stage import Stage, first_steps
 from fewstep.distill.trackers import Trackers, check_trackers, open_trackers
 from fewstep.distill.train import NonFiniteError, make_accelerator, over_processes, train
-from fewstep.environment import describe_environment
+from fewstep.environment import describe_environment, device_name
 from fewstep.errors import FewstepError, UsageError, is_out_of_memory
 from fewstep.files import read_json, write_atomic, write_json
 from fewstep.networks.build import build_network
@@ -74,7 +75,8 @@ class _Position:
     """Where training stands: finished steps of a stage, time spent, the stage's tensors by group, weights of the stage
     before (None in the first), metrics not yet logged.
 
-    ``finished`` holds the digests of the averaged students of finished stages, by the step count they serve.
+    ``finished`` holds the digests of the averaged students of finished stages, by the step count they serve; ``legs``
+    say on what the time was spent.
     """
 
     stage: int = 0
@@ -84,6 +86,7 @@ class _Position:
     previous: Tensors | None = None
     finished: dict[str, str] = field(default_factory=dict)
     window: Any = None
+    legs: tuple[Leg, ...] = ()
 
 
 def run_training(
@@ -245,6 +248,8 @@ def _train_stages(
         )
 
     source = batches(request.data)
+    device = accelerator.device
+    here_on = Leg(device_name(device), device.type, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     # Every process takes part in gathering shards; what is not sharded the first one has by itself.
     gathers = accelerator.is_main_process or (settings.parallel == "fsdp2" and accelerator.num_processes > 1)
@@ -325,7 +330,10 @@ def _train_stages(
                         if last and not replaced:  # before the checkpoint that says the stage is over
                             sha = write_tensors(_stage_file(run, stage), groups[f"ema-{settings.ema[0].name}"])
                             finished = {**finished, str(stage.serves): sha}
-                        reached = _Position(number, state.step, seconds, groups, previous_weights, finished, window)
+                        legs = up_to(position.legs, here_on, seconds)
+                        reached = _Position(
+                            number, state.step, seconds, groups, previous_weights, finished, window, legs
+                        )
                         _save(run, step, reached, config, request.teacher)
                 if state.stop:
                     raise Interrupted(f"stopped at step {step} of {starts[-1]}; go on with --resume", step)
@@ -344,7 +352,8 @@ def _train_stages(
         for stage in stages:
             exported |= dict.fromkeys(stage.also, exported[stage.serves])
         grids = {stage.serves: stage.grid for stage in stages}
-        export(config, run, request.data, request.teacher, request.student, exported, starts[-1], seconds, grids)
+        legs = up_to(position.legs, here_on, seconds)
+        export(config, run, request.data, request.teacher, request.student, exported, starts[-1], legs, grids)
     accelerator.wait_for_everyone()
 
 
@@ -433,6 +442,7 @@ def _save(run: RunDirectory, step: int, position: _Position, config: RunConfig, 
         "seconds": position.seconds,
         "finished": position.finished,
         "window": position.window,
+        "legs": [asdict(leg) for leg in position.legs],
         "teacher_digest": None if teacher is None else teacher.digest,
         "config": config.model_dump(mode="json"),
     }
@@ -472,6 +482,7 @@ def _resume(config: RunConfig, run: RunDirectory, request: Request) -> _Position
             previous=groups.pop("previous", None),
             finished=dict(state["finished"]),
             window=state["window"],
+            legs=read_legs(state),
         )
 
 

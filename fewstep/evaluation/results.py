@@ -83,7 +83,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Model:
-    """What a row's model is: its training cost and provenance, once per model instead of once per row."""
+    """What a row's model is: its training cost and provenance, once per model instead of once per row.
+
+    ``train_s`` is training by the clock, over all resumptions, on ``processes`` devices called ``device``, of torch's
+    ``device_type`` (several names are joined with ", "; None where it is not known). ``device_s`` is the sum of seconds
+    times processes where that is not their product: a run that went on with fewer or more of them.
+    """
 
     name: str
     role: Literal["teacher", "student"]
@@ -93,6 +98,17 @@ class Model:
     train_samples: int
     train_s: float
     teacher_digest: str | None = None
+    processes: int = 1
+    device: str | None = None
+    device_type: str | None = None
+    device_s: float | None = None
+
+    @property
+    def device_minutes(self) -> float | None:
+        """Minutes by the clock times devices; None where nothing says on what it was trained, or that it was."""
+        if self.device is None or not self.train_s:
+            return None
+        return (self.train_s * self.processes if self.device_s is None else self.device_s) / 60
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "rows": [row_json(row) for row in self.rows],
-            "models": [asdict(model) for model in self.models],
+            "models": [model_json(model) for model in self.models],
             "reference": dict(self.reference),
             "environment": dict(self.environment),
         }
@@ -132,6 +148,8 @@ _SILENT = {
 }
 """Keys of a row that are left out, and the value that says nothing."""
 
+_SILENT_OF_MODEL = {"processes": 1, "device": None, "device_type": None, "device_s": None}
+
 
 def row_json(row: Row) -> dict[str, Any]:
     """A row as plain values, without the keys that say nothing of it."""
@@ -143,6 +161,12 @@ def row_json(row: Row) -> dict[str, Any]:
         if metric["sd"] is None:
             del metric["sd"]
     return document
+
+
+def model_json(model: Model) -> dict[str, Any]:
+    """A model as plain values, without the keys that say nothing of it."""
+    document = asdict(model)
+    return {key: value for key, value in document.items() if (key, value) not in _SILENT_OF_MODEL.items()}
 
 
 def row_from_json(document: Mapping[str, Any]) -> Row:
@@ -271,10 +295,16 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _middle_model(models: Sequence[Model]) -> Model:
-    """What training took, as a median over the seeds; every seed has a teacher of its own."""
+    """What training took, as a median over the seeds; every seed has a teacher of its own, and maybe a machine."""
     teachers = [model.teacher_digest for model in models if model.teacher_digest]
+    minutes = [model.device_minutes for model in models]
+    alike = len({(model.processes, model.device_s) for model in models}) == 1
+    devices = dict.fromkeys(model.device for model in models)
     return replace(
         models[0],
         train_s=statistics.median(model.train_s for model in models),
         teacher_digest=", ".join(teachers) or None,
+        device=None if None in devices else ", ".join(map(str, devices)),
+        device_type=models[0].device_type if len({model.device_type for model in models}) == 1 else None,
+        device_s=models[0].device_s if alike or None in minutes else 60 * statistics.median(filter(None, minutes)),
     )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from reports import FD_PIXELS, make_report, rich_report
 
-from fewstep.evaluation.report import answer, paper, tables, tidy, wording, write_report
+from fewstep.evaluation.report import answer, costs, paper, tables, tidy, wording, write_report
 from fewstep.evaluation.report.card import front_matter
 from fewstep.evaluation.report.latex import as_latex, escape
 from fewstep.evaluation.results import Measured, Report, read_results
@@ -37,17 +37,18 @@ def small(report: Report) -> Report:
 
 
 def test_the_first_table(rich: Report) -> None:
-    """0.42 - 0.53 = -0.11 and 0.02 to its sides; the interval stands at the debiased distance, whose it is."""
+    """0.42 - 0.53 = -0.11 and 0.02 to its sides; the interval stands at the debiased distance, whose it is. Training
+    took 95 and 155 s on two GPUs."""
     assert tables.as_markdown(paper.paper_table(small(rich))).splitlines() == [
         "| model | steps | NFE | fd_pixels ↓ | fd_debiased_pixels ↓ | ratio | Δ teacher "
-        "| recall ↑ | time ms | parameters |",
-        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| recall ↑ | time ms | parameters | GPU-minutes |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         "| digits-teacher | 64 | 128 | 0.540 | 0.530 [0.500, 0.560] | 1.00 | – "
-        "| 0.878 [0.868, 0.888] | 25.6 | 84.5 k |",
+        "| 0.878 [0.868, 0.888] | 25.6 | 84.5 k | 3.17 |",
         "| digits-meanflow | 1 | 1 | 0.910 | 0.900 [0.870, 0.930] | 1.69 | 0.370 [0.350, 0.390] "
-        "| 0.795 [0.785, 0.805] | 0.450 | 84.5 k |",
+        "| 0.795 [0.785, 0.805] | 0.450 | 84.5 k | 5.17 |",
         "| digits-meanflow | 4 | 4 | 0.430 | 0.420 [0.390, 0.450] | 0.796 | -0.110 [-0.130, -0.0900] "
-        "| 0.838 [0.828, 0.848] | 1.65 | 84.5 k |",
+        "| 0.838 [0.828, 0.848] | 1.65 | 84.5 k | 5.17 |",
     ]
     assert "; the paired debiased difference is -0.110, 95% interval [-0.130, -0.0900]." in answer.headline(rich)
 
@@ -56,8 +57,8 @@ def test_the_table_of_older_files_has_what_they_hold() -> None:
     plain = make_report()
     heads = [column.head for column in paper.paper_table(plain).columns]
     assert heads == [
-        *("model", "steps", "NFE", "fd_pixels ↓", "ratio", "Δ teacher", "fd_digits ↓", "recall ↑", "time ms"),
-        "parameters",
+        *("model", "steps", "NFE", "fd_pixels ↓", "ratio", "Δ teacher", "fd_digits ↓", "recall ↑", "density"),
+        *("coverage ↑", "time ms", "parameters"),
     ]
     bare = replace(plain, rows=tuple(replace(row, latency_ms=None, images_per_s=None) for row in plain.rows))
     assert paper.speed_table(bare) is None
@@ -105,18 +106,19 @@ def test_the_latex_table(rich: Report) -> None:
         r"\centering\small",
         r"\caption{On 100\% of digits\_8x8.}",
         r"\label{tab:fewstep-digits}",
-        r"\begin{tabular}{lrrrrrrrrr}",
+        r"\begin{tabular}{lrrrrrrrrrr}",
         r"\toprule",
         r"model & steps & NFE & fd\_pixels $\downarrow$ & fd\_debiased\_pixels $\downarrow$ & ratio & $\Delta$ teacher "
-        r"& recall $\uparrow$ & time ms & parameters \\",
+        r"& recall $\uparrow$ & time ms & parameters & GPU-minutes \\",
         r"\midrule",
         r"digits-teacher & 64 & 128 & 0.540 & 0.530 {\scriptsize {[0.500, 0.560]}} & 1.00 & -- "
-        r"& 0.878 {\scriptsize {[0.868, 0.888]}} & 25.6 & 84.5 k \\",
+        r"& 0.878 {\scriptsize {[0.868, 0.888]}} & 25.6 & 84.5 k & 3.17 \\",
         r"\midrule",
         r"digits-meanflow & 1 & 1 & 0.910 & 0.900 {\scriptsize {[0.870, 0.930]}} & 1.69 "
-        r"& 0.370 {\scriptsize {[0.350, 0.390]}} & 0.795 {\scriptsize {[0.785, 0.805]}} & 0.450 & 84.5 k \\",
+        r"& 0.370 {\scriptsize {[0.350, 0.390]}} & 0.795 {\scriptsize {[0.785, 0.805]}} & 0.450 & 84.5 k & 5.17 \\",
         r" & 4 & 4 & 0.430 & 0.420 {\scriptsize {[0.390, 0.450]}} & 0.796 "
-        r"& $-$0.110 {\scriptsize {[$-$0.130, $-$0.0900]}} & 0.838 {\scriptsize {[0.828, 0.848]}} & 1.65 & 84.5 k \\",
+        r"& $-$0.110 {\scriptsize {[$-$0.130, $-$0.0900]}} & 0.838 {\scriptsize {[0.828, 0.848]}} "
+        r"& 1.65 & 84.5 k & 5.17 \\",
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
@@ -215,8 +217,8 @@ def test_speed_classes_neighbours_and_doubts_are_on_the_page(rich: Report, writt
     assert {"neighbours-digits-meanflow.png", "digits-meanflow.png"} <= names
     assert "neighbours-digits-teacher.png" not in names
     # Training: 95 s of the teacher and 155 of meanflow.
-    costs = tables.costs_table(rich)
-    whole = next(column for column in costs.columns if column.head == "with its teacher's")
+    table = costs.costs_table(rich)
+    whole = next(column for column in table.columns if column.head == "with its teacher's")
     assert [cell.text for cell in whole.cells[:2]] == ["–", wording.duration(95 + 155)]
 
 

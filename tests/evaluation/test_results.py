@@ -127,6 +127,38 @@ def test_training_cost_is_a_median_and_every_teacher_is_named() -> None:
     assert merged.environment == {f"seed {seed}": {"processor": f"m{seed}"} for seed in range(3)}
 
 
+def test_device_minutes_of_seeds_are_a_median_too() -> None:
+    """9, 8 and 2 minutes by the clock, on 1, 2 and 4 devices: 9, 16 and 8 device-minutes."""
+
+    def trained(seed: int, minutes: float, processes: int, device: str) -> Report:
+        model = Model("a", "student", "meanflow", 3, 10, 160, 60 * minutes)
+        model = replace(model, processes=processes, device=device, device_type="cuda")
+        return replace(report(of_seed(seed, 0.3)), models=(model,))
+
+    cases = ((9.0, 1, "H100"), (8.0, 2, "H100"), (2.0, 4, "H200"))
+    (merged,) = over_seeds({seed: trained(seed, *case) for seed, case in enumerate(cases)}).models
+    assert (merged.train_s, merged.device_minutes) == (480.0, 9.0)
+    assert (merged.device, merged.device_type) == ("H100, H200", "cuda")
+    (alike,) = over_seeds({seed: trained(seed, minutes, 2, "H100") for seed, minutes in enumerate((1.0, 3.0))}).models
+    assert (alike.device_s, alike.device_minutes) == (None, 4.0)
+
+
+def test_a_model_without_a_device_is_written_as_before() -> None:
+    bare = Model("a", "student", "meanflow", 3, 10, 160, 60.0)
+    document = replace(report(ROW), models=(bare,)).to_json()
+    assert set(document["models"][0]) == {
+        *("name", "role", "objective", "params", "train_steps", "train_samples", "train_s", "teacher_digest"),
+    }
+    assert bare.device_minutes is None  # nobody knows on how many devices
+    told = replace(bare, processes=4, device="H100", device_type="cuda")
+    assert told.device_minutes == 4.0
+    assert replace(told, train_s=0.0).device_minutes is None
+    moved = replace(told, device_s=90.0)
+    assert moved.device_minutes == 1.5
+    document = json.loads(json.dumps(replace(report(ROW), models=(told, moved)).to_json()))
+    assert Report.from_json(document).models == (told, moved)
+
+
 def test_seeds_measured_against_other_data_have_no_mean() -> None:
     with pytest.raises(UsageError, match="do not compare: reference dataset"):
         over_seeds({0: report(of_seed(0, 0.3)), 1: report(of_seed(1, 0.3), dataset="letters")})

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.report import answer, changes, paper, tables, tidy, wording
+from fewstep.evaluation.report import answer, changes, costs, paper, tables, tidy, wording
 from fewstep.evaluation.report.card import model_card, students
 from fewstep.evaluation.report.changes import Changes
 from fewstep.evaluation.report.figures import HUES, Drawn, figures, floor_of, slug
@@ -43,6 +43,7 @@ DEFINITIONS = (
     ("recall", "share of real data that lies within the generated samples: diversity"),
     ("density", "like precision, counting how many real neighbourhoods hold a sample; about 1 for real data"),
     ("coverage", "share of real neighbourhoods that hold a generated sample"),
+    ("GPU-minutes", "of training: minutes by the clock times the GPUs that took part; CPU-minutes count processes"),
 )
 
 
@@ -126,7 +127,8 @@ def _content(
         "fronts": [figure for figure in drawn if figure.name.endswith("-latency")],
         "grids": sampled,
         "neighbours": nearest,
-        "costs": tables.costs_table(report) if report.models else None,
+        "costs": costs.costs_table(report) if report.models else None,
+        "costs_caption": costs.costs_caption(report),
         "hues": HUES,
         "definitions": DEFINITIONS,
         "provenance": _provenance(report),

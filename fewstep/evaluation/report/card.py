@@ -5,6 +5,7 @@ from typing import Any
 
 from fewstep.evaluation.report import answer, tables, wording
 from fewstep.evaluation.report.answer import Series
+from fewstep.evaluation.report.costs import training_words
 from fewstep.evaluation.results import Model, Report, Row
 
 
@@ -87,10 +88,7 @@ def _example_steps(curve: Series) -> int:
 
 
 def _training(model: Model | None) -> str | None:
-    if model is None:
-        return None
-    samples, took = wording.count(model.train_samples), wording.duration(model.train_s)
-    return f"{model.train_steps:,} optimiser steps, {samples} samples, {took}"
+    return None if model is None else training_words(model)
 
 
 def _losses(mine: Report, reference: Row | None, known: Sequence[str]) -> list[str]:

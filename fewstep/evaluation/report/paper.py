@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from statistics import median
 
-from fewstep.evaluation.report.answer import ratio, recall_of, reference_row, series, speed_up
+from fewstep.evaluation.report.answer import ratio, reference_row, series, speed_up
+from fewstep.evaluation.report.costs import training_columns
 from fewstep.evaluation.report.tables import (
     Cell,
     Column,
@@ -24,7 +25,9 @@ from fewstep.evaluation.report.wording import (
     extractors,
     metric_names,
     number,
+    of_extractor,
     primary,
+    split,
 )
 from fewstep.evaluation.results import Report
 
@@ -33,7 +36,8 @@ MOST_CLASSES = 12
 
 
 def paper_table(report: Report) -> Table:
-    """Model, steps, NFE, distances, ratio and difference to the teacher, recall, time and parameters, one line per row.
+    """Model, steps, NFE, distances, ratio and difference to the teacher, recall, density, coverage, time, parameters,
+    device-minutes of training: one line per row.
 
     The first distance has its debiased value beside it where its interval is around that.
     """
@@ -56,11 +60,13 @@ def paper_table(report: Report) -> Table:
         if name == metric:
             columns.append(column("ratio", [number(ratio(row, reference, name)) for row in rows]))
             columns.append(difference_column(rows, reference, name))
-    recall = recall_of(report, metric) if metric else "recall"
+    leading = split(metric, known)[1] if metric else None
+    neighbours = [of_extractor(name, leading or "inception") for name in ("recall", "density", "coverage")]
     columns += [
-        metric_column(rows, recall, head_of(recall, rows, known, short=True)),
+        *(metric_column(rows, name, head_of(name, rows, known, short=True)) for name in neighbours),
         column("time ms", [number(row.latency_ms) for row in rows]),
         column("parameters", [count(row.params) for row in rows]),
+        *training_columns(report, rows),
     ]
     return Table(kept(columns), tuple(row.role for row in rows))
 

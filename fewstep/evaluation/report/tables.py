@@ -24,7 +24,6 @@ from fewstep.evaluation.report.wording import (
     count,
     counted,
     direction,
-    duration,
     extractors,
     first_upper,
     interval,
@@ -41,7 +40,7 @@ from fewstep.evaluation.report.wording import (
     value,
     with_spread,
 )
-from fewstep.evaluation.results import Model, Report, Row
+from fewstep.evaluation.results import Report, Row
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -256,29 +255,6 @@ def glance_table(report: Report) -> Table | None:
         column("speed-up", [number(speed_up(row, reference)) for row in best]),
     ]
     return Table(kept(columns), tuple("student" for _ in best))
-
-
-def costs_table(report: Report) -> Table:
-    """What training each model took, and a student with the teacher that it learnt from."""
-    models = sorted(report.models, key=lambda model: model.role != "teacher")
-    digests = {row.digest: row.model for row in report.rows if row.role == "teacher"}
-    seconds = {model.name: model.train_s for model in models}
-
-    def whole(model: Model) -> str:
-        taught = seconds.get(digests.get(model.teacher_digest or "", ""))
-        return duration(model.train_s + taught) if taught else DASH
-
-    columns = [
-        column("model", [model.name for model in models], words=True),
-        column("role", [model.role for model in models], words=True),
-        column("objective", [model.objective or DASH for model in models], words=True),
-        column("params", [count(model.params) for model in models]),
-        column("training steps", [f"{model.train_steps:,}" for model in models]),
-        column("samples seen", [count(model.train_samples) for model in models]),
-        column("training time", [duration(model.train_s) for model in models]),
-        column("with its teacher's", [whole(model) for model in models]),
-    ]
-    return Table(kept(columns), tuple(model.role for model in models))
 
 
 def caption(report: Report, extractor: str, table: Table) -> str:

@@ -14,7 +14,7 @@ COLUMNS = (
 )
 """``run`` tells the curves of one model apart (by sampler, guidance, ...); ``ci_lo`` and ``ci_hi`` are the ends of the
 95 % interval and ``sd`` the standard deviation over trainings; ``class`` is for metrics of one class. The differences
-are to the teacher at most steps."""
+are to the teacher at most steps. The metric ``device_minutes`` is what training the model took."""
 
 SPEED = ("latency_ms", "latency_p95_ms", "decode_ms", "images_per_s", "batch", "peak_memory_mb", "flops", "params")
 
@@ -24,13 +24,14 @@ def as_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
+    minutes = {model.name: model.device_minutes for model in report.models}
     for curve in series(report):
         for row in curve.rows:
-            writer.writerows(_lines(curve, row))
+            writer.writerows(_lines(curve, row, minutes.get(row.model)))
     return out.getvalue()
 
 
-def _lines(curve: Series, row: Row) -> Iterator[dict[str, object]]:
+def _lines(curve: Series, row: Row, device_minutes: float | None) -> Iterator[dict[str, object]]:
     head: dict[str, object] = {"run": curve.label, "ema": row.ema or "", "seeds": row.seeds}
     head |= {key: getattr(row, key) for key in ("model", "nfe", "steps", "n", "role", "objective", "sampler")}
     head |= {key: getattr(row, key) for key in ("guidance", "seed", "digest")}
@@ -47,6 +48,8 @@ def _lines(curve: Series, row: Row) -> Iterator[dict[str, object]]:
     for name in SPEED:
         if (speed := getattr(row, name)) is not None:
             yield head | {"metric": name, "value": speed}
+    if device_minutes is not None:
+        yield head | {"metric": "device_minutes", "value": device_minutes}
 
 
 def _ends(found: Measured, low: str, high: str) -> dict[str, object]:
