@@ -178,6 +178,7 @@ LIGHT = [
         "fewstep.launch",
         "fewstep.interrupts",
     ),
+    "fewstep.evaluation.bounds",
     "fewstep.evaluation.gates",
     "fewstep.evaluation.protocol",
     "fewstep.evaluation.results",

@@ -1,6 +1,7 @@
 """`fewstep evaluate` as a user meets it: guidance scales, averages, references in files, images of others, gates."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,7 @@ def test_mistakes(batch: Path, trained: Path, tmp_path: Path) -> None:
     refuse("evaluate", "--images", other, "--data", "digits-teacher", says=("1x16x16", "1x8x8"))
     refuse("evaluate", "--images", tmp_path / "no", "--data", "digits-teacher", says=("no ",))
     refuse("evaluate", run, "--max-fid", "3", says=("--max-fid is for inception features", "--max-fd"))
-    refuse("evaluate", run, "--max", "fd_pixels", says=("METRIC=NUMBER",))
+    refuse("evaluate", run, "--max", "fd_pixels", says=("METRIC=BOUND",))
     refuse("evaluate", run, "--guidance", "1,x", says=("--guidance takes numbers",))
     refuse("evaluate", run, "--guidance", "1,2", says=("does not take guidance",))
     assert not (run / "evaluation").exists()
@@ -205,6 +206,25 @@ def test_gates_name_metric_and_steps(copied: Copy) -> None:
     unknown = cli(*measure, "--max", "fd_pixel=1")
     assert unknown.exit_code == 2
     assert "did you mean 'fd_pixels'" in unknown.stderr
+
+
+def test_gates_against_the_teacher(copied: Copy, batch: Path) -> None:
+    """The teacher's own row is not held to them; where none will be measured, nothing is."""
+    run = copied("meanflow")
+    measure = ("evaluate", run, *PIXELS, "--steps", "1,2")
+    lax = ("--max", "fd_pixels=1e6*teacher@2", "--min", "recall_pixels=teacher-1", "--max", "latency_ms=1e6*teacher")
+    assert cli(*measure, *lax).exit_code == 0
+    failed = cli(*measure, "--max", "fd_pixels=1e-6*teacher@2")
+    assert failed.exit_code == 4
+    assert "= 1e-06 × teacher at 4 steps (" in failed.stderr
+    asked = ("--max", "fd_pixels=teacher")
+    refuse("evaluate", copied("teacher"), *asked, says=("fd_pixels is to be held against the teacher", "itself"))
+    refuse("evaluate", "--images", batch, "--data", "digits-teacher", *asked, says=("measured without one",))
+    config = run / "config.yaml"
+    config.write_text(re.sub(r"teacher_steps:(\n +- \d+)+", "teacher_steps: []", config.read_text()))
+    shutil.rmtree(run / "evaluation")
+    refuse("evaluate", run, *asked, says=("evaluate.teacher_steps is empty",))
+    assert not (run / "evaluation").exists()  # all of this before any work
 
 
 @pytest.mark.slow

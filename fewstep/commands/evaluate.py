@@ -13,6 +13,7 @@ from fewstep.errors import UsageError
 from fewstep.launch import is_main_process, launched, run_launched
 
 if TYPE_CHECKING:
+    from fewstep.config import RunConfig
     from fewstep.evaluation.config import EvaluateConfig
     from fewstep.evaluation.gates import Gate
     from fewstep.evaluation.results import Report
@@ -65,10 +66,21 @@ def evaluate(
         float | None, typer.Option("--min-recall", help="Exit 4 if the leading recall of any row of RUN is below this.")
     ] = None,
     at_most: Annotated[
-        Bounds, typer.Option("--max", "--at-most", help="Exit 4 beyond METRIC=X, or METRIC=X@STEPS.")
+        Bounds,
+        typer.Option(
+            "--max",
+            "--at-most",
+            help="Exit 4 beyond METRIC=X, or METRIC=X@STEPS: a metric, latency_ms or images_per_s; X a number, or for "
+            "students 1.05*teacher, teacher+0.02: of the teacher's row at most steps.",
+        ),
     ] = None,
     at_least: Annotated[
-        Bounds, typer.Option("--min", "--at-least", help="Exit 4 below METRIC=X, or METRIC=X@STEPS.")
+        Bounds,
+        typer.Option(
+            "--min",
+            "--at-least",
+            help="Exit 4 below it, for example recall_pixels=0.85 or recall_pixels=teacher-0.02@4.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,7 +116,7 @@ def evaluate(
 
         config = read_config(run)
         settings = _settings(config.evaluate, given)
-        gates.read(settings.features)
+        gates.read(settings.features, alone=_alone(run, config, settings))
         if processes > 1 and not launched():
             pairs = {
                 "--steps": steps,
@@ -194,7 +206,7 @@ def _images(
         raise UsageError(f"no {images}")
     whole = data in recipe_names() or data.endswith((".yaml", ".yml"))
     settings = _settings(load_config(data).evaluate if whole else EvaluateConfig(), given)
-    gates.read(settings.features)
+    gates.read(settings.features, alone="--images are measured without one")
     name = images.name.removesuffix(".npz")
     folder = out or Path("runs") / name
     check_folder(folder)
@@ -237,10 +249,14 @@ class _Gates:
         self._gates += [parse_gate(text, "min") for text in at_least]
         self.given = bool(self._gates) or any(bound is not None for _, bound in self._leading)
 
-    def read(self, features: Sequence[str]) -> None:
-        """Name the leading metrics; a gate on features that are not measured is a ``UsageError``."""
+    def read(self, features: Sequence[str], alone: str | None) -> None:
+        """Name the leading metrics; a gate on features that are not measured is a ``UsageError``. So is one relative to
+        the teacher where none will be measured: ``alone`` says why."""
         if not self.given:
             return
+        relative = next((gate for gate in self._gates if gate.relative), None)
+        if relative is not None and alone is not None:
+            raise UsageError(f"{relative.metric} is to be held against the teacher ({relative.bound}): {alone}")
         from fewstep.evaluation.features import extractor_name, metric_name
         from fewstep.evaluation.gates import Gate
 
@@ -260,7 +276,16 @@ class _Gates:
         """``GateFailed`` for the first row of a model that does not keep a bound."""
         from fewstep.evaluation.gates import check_gates
 
-        check_gates(self._gates, [row for row in results.rows if row.model == name])
+        check_gates(self._gates, [row for row in results.rows if row.model == name], results.rows)
+
+
+def _alone(run: Path, config: "RunConfig", settings: "EvaluateConfig") -> str | None:
+    """Why no teacher is measured beside a run; None where one is."""
+    if config.objective.kind == "flow_matching":
+        return f"{run} is a teacher itself"
+    if config.teacher is None:
+        return f"{run} was trained without one"
+    return None if settings.teacher_steps else "evaluate.teacher_steps is empty, so none is measured"
 
 
 def _settings(block: "EvaluateConfig", given: dict[str, Any]) -> "EvaluateConfig":
