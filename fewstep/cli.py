@@ -34,7 +34,7 @@ from fewstep.commands.shared import (
     user_errors,
 )
 from fewstep.commands.teacher import teacher_app
-from fewstep.console import emit_json, say
+from fewstep.console import emit_json, say, stderr
 from fewstep.errors import FewstepError, UsageError
 from fewstep.launch import (
     is_main_process,
@@ -333,6 +333,14 @@ def report(
         Path | None,
         typer.Option("--against", help="Show what changed since this results.json, run or ledger (.jsonl)."),
     ] = None,
+    goal: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--goal",
+            help="Show whether some student reaches METRIC=X, or METRIC=X@STEPS: X or better. X is a number, or "
+            "relative to the teacher at its most steps: 1.05*teacher, teacher-0.02.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the report (HTML, Markdown, LaTeX, CSV, figures, sample grids, model card) from results.json alone.
@@ -340,19 +348,25 @@ def report(
     Example: fewstep report runs/digits-meanflow runs/digits-progressive --out comparison
     """
     with user_errors():
-        from fewstep.evaluation.report import changes, write_report
+        from fewstep.evaluation.goals import parse_goal, reached
+        from fewstep.evaluation.report import changes, standing, write_report
         from fewstep.evaluation.results import merge, read_results
 
+        goals = [parse_goal(text) for text in goal or []]
         if out is None and len(runs) > 1:
             raise UsageError("several runs make one report: say where with --out DIR")
         results = merge(read_results(run / "results.json") for run in runs)
         changed = None if against is None else changes.changes(results, changes.read_older(against), against.name)
-        page = write_report(results, out or runs[0] / "report", changed)
+        found = [reached(each, results) for each in goals]
+        page = write_report(results, out or runs[0] / "report", changed, found)
+        if found:
+            stderr().print(standing.console_goals(found, results))
         if changed is not None:
             say(changed.summary())
         say(f"report -> {page}")
         if as_json:
-            said = {} if changed is None else {"changes": changes.as_json(changed)}
+            said: dict[str, object] = {} if changed is None else {"changes": changes.as_json(changed)}
+            said |= {"goals": standing.as_json(found)} if found else {}
             emit_json({"report": str(page), "rows": len(results.rows), **said})
 
 

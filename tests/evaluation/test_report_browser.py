@@ -12,6 +12,7 @@ from browser import NAMES, Browser, find_browser
 from PIL import Image
 from reports import rich_report
 
+from fewstep.evaluation.goals import parse_goal, reached
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.report.changes import changes
 from fewstep.evaluation.results import Measured
@@ -61,7 +62,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = replace(report, rows=tuple(rows))
     older = [replace(row, metrics={**row.metrics, "fd_debiased_pixels": Measured(2.0, 1.9, 2.1)}) for row in rows]
     found = changes(report, replace(report, rows=tuple(older)), "older.json")
-    return write_report(report, tmp_path_factory.mktemp("page"), found)
+    goals = [reached(parse_goal(text), report) for text in ("fd_pixels=1.05*teacher@4", "recall_pixels=teacher@2")]
+    return write_report(report, tmp_path_factory.mktemp("page"), found, goals)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@
 import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UsageError
-from fewstep.evaluation.report import answer, changes, costs, paper, tables, tidy, wording
+from fewstep.evaluation.report import answer, changes, costs, paper, standing, tables, tidy, wording
 from fewstep.evaluation.report.card import model_card, students
 from fewstep.evaluation.report.changes import Changes
 from fewstep.evaluation.report.figures import HUES, Drawn, figures, floor_of, slug
@@ -23,6 +23,9 @@ from fewstep.evaluation.report.grids import Grid, grids, neighbour_grids
 from fewstep.evaluation.report.latex import as_latex
 from fewstep.evaluation.results import Report
 from fewstep.files import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from fewstep.evaluation.goals import Reached
 
 __all__ = ["write_report"]
 
@@ -47,10 +50,11 @@ DEFINITIONS = (
 )
 
 
-def write_report(report: Report, out: Path, against: Changes | None = None) -> Path:
+def write_report(report: Report, out: Path, against: Changes | None = None, goals: "Sequence[Reached]" = ()) -> Path:
     """Write the report's files into ``out``, each whole or not at all, and return the path of ``index.html``.
 
-    ``against`` is what changed since an older measurement (``changes.changes``); the pages open with it.
+    ``against`` is what changed since an older measurement (``changes.changes``), ``goals`` how
+    students stand to goals (``goals.reached``); the pages open with them.
     """
     if not report.rows:
         raise UsageError("these results hold no rows: nothing was measured, so there is nothing to report")
@@ -67,7 +71,7 @@ def write_report(report: Report, out: Path, against: Changes | None = None) -> P
     write_atomic(out / "results.csv", tidy.as_csv(report))
     write_atomic(out / "table.tex", _latex(report))
     write_json(out / "results.json", report.to_json())
-    content = _content(report, drawn, sampled, nearest, against)
+    content = _content(report, drawn, sampled, nearest, against, goals)
     write_atomic(out / "report.md", _template("report.md.jinja")(**content))
     write_atomic(out / "index.html", _template("index.html.jinja")(**content))
     return out / "index.html"
@@ -94,7 +98,12 @@ def _latex(report: Report) -> str:
 
 
 def _content(
-    report: Report, drawn: list[Drawn], sampled: list[Grid], nearest: list[Grid], against: Changes | None
+    report: Report,
+    drawn: list[Drawn],
+    sampled: list[Grid],
+    nearest: list[Grid],
+    against: Changes | None,
+    goals: "Sequence[Reached]",
 ) -> dict[str, Any]:
     """What both pages show, in their order."""
     known = wording.extractors(report)
@@ -112,6 +121,8 @@ def _content(
         "speed": speed,
         "speed_caption": _speed_caption(report),
         "classes": paper.class_tables(report),
+        "goals": standing.goals_table(goals, report) if goals else None,
+        "goals_caption": standing.goals_caption(goals, report),
         "against": against,
         "changed": against and _changed(against, ("better", "worse")),
         "unsure": against and _changed(against, ("changed",)),

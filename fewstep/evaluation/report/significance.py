@@ -85,6 +85,15 @@ def half_width(found: Measured | None) -> float | None:
     return max(reach, found.high - found.value, found.value - found.low) if ends(found) is not None else reach
 
 
+def reach(row: Row, metric: str) -> float | None:
+    """How far the 95 % interval of a row's own value reaches, over its samples or over trainings. That of a Fréchet
+    distance is its debiased value's."""
+    found = measured(row, metric)
+    if found is not None and found.sd is not None:
+        return _student(row.seeds - 1.0) * found.sd / math.sqrt(row.seeds) if row.seeds > 1 else None
+    return half_width(measured(row, debiased(metric) or "")) or half_width(found)
+
+
 def _width(found: Difference) -> float:
     return math.inf if found.low is None or found.high is None else found.high - found.low
 

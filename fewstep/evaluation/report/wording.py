@@ -206,10 +206,10 @@ def primary(report: Report) -> str | None:
 
 def direction(metric: str) -> Literal["lower", "higher"] | None:
     """Which way is better. Density has no better way: its ideal is one."""
-    if metric.startswith(("precision", "recall", "coverage", "is_")) or metric == "is":
+    if metric.startswith(("precision", "recall", "coverage", "is_")) or metric in ("is", "images_per_s"):
         return "higher"
     distance = metric.startswith(("fid", "fd_", "sfid", "kid", "kd_", "cmmd", "w2", "memorised"))
-    distance = distance or metric in ("straightness", "curvature", "self_consistency", "semigroup_error")
+    distance = distance or metric in ("straightness", "curvature", "self_consistency", "semigroup_error", "latency_ms")
     return "lower" if distance or is_gap(metric) else None
 
 
