@@ -35,12 +35,12 @@ def fold(file: str, name: str, value: Tensor) -> tuple[str, Tensors]:
 
 
 def unfold(how: str, stored: Tensors, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor again, of its shape and type."""
+    """The tensor again, of its shape and type, with memory of its own (what is stored may stand for several)."""
     if how == "zeros":
         return torch.zeros(list(shape), dtype=dtype)
     if how == "factored":
         return product(stored).reshape(list(shape)).to(dtype)
-    return stored[""].reshape(list(shape)).to(dtype)
+    return stored[""].reshape(list(shape)).to(dtype, copy=True)
 
 
 def factors(v: Tensor) -> Tensors:
