@@ -149,7 +149,7 @@ def read_ended(path: Path) -> Contents:
             known = name in exported.card["digests"]  # adapters by themselves have no digest
             contents.tensors[f"model/{name}"] = exported.weights(name) if known else load_file(file)
             with safe_open(file, "pt") as opened:
-                contents.metadata[f"model/{name}"] = opened.metadata() or {}
+                contents.metadata[f"model/{name}"] = dict(sorted((opened.metadata() or {}).items()))
         elif name != "config.json":
             contents.texts[f"model/{name}"] = file.read_bytes()
     return contents
