@@ -31,6 +31,7 @@ ANIMALS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
     """``run_stage`` and ``stages``."""
     sys.path.insert(0, str(FOLDER))
+    before = set(sys.modules)
     try:
         import run_stage
         import stages
@@ -38,8 +39,9 @@ def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
         yield run_stage, stages
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("run_stage", "stages"):
-            sys.modules.pop(name, None)
+        for name in set(sys.modules) - before:
+            if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def run(modules, data, monkeypatch: pytest.MonkeyPatch) -> Any:
         return Forked(measured, *arguments, environment=process_environment(FEWSTEP_DATA=str(data)))
 
     run_stage, _ = modules
-    monkeypatch.setattr(run_stage, "start", start)
+    monkeypatch.setattr(run_stage.limits, "start", start)
     monkeypatch.setenv("FEWSTEP_DATA", str(data))
     return lambda *words: run_stage.main([str(word) for word in words])
 
@@ -145,7 +147,7 @@ def test_a_limit_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(run
 
         def left(self) -> float:
             new = set(checkpoints(tmp_path / "unet" / "checkpoints")) - self.before
-            return run_stage.GRACE - 1 if new else run_stage.GRACE + 1
+            return run_stage.limits.GRACE - 1 if new else run_stage.limits.GRACE + 1
 
     monkeypatch.setattr(run_stage, "Clock", Over)
     words = ("unet", "train.steps=100000", "--size", "smallest", "--runs", tmp_path, "--limit", "1e6")
@@ -158,6 +160,41 @@ def test_a_limit_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(run
     assert not (tmp_path / "unet" / "model").exists()
 
 
+def test_runs_go_from_machine_to_machine(run, modules, classifier, tmp_path, monkeypatch) -> None:
+    """A teacher that ended and a student that was stopped are carried in small files; where nothing else is, the
+    student goes on with that teacher, and both are measured."""
+    run_stage, _ = modules
+    runs = tmp_path / "runs"
+    small = ("--size", "smallest", "--runs", runs, "--carry", tmp_path / "carry", "--classifier", classifier)
+
+    class Over:
+        limit = 1e6
+
+        def __init__(self, limit: float) -> None: ...
+
+        def left(self) -> float:
+            stopped = checkpoints(runs / "soflow" / "checkpoints")
+            return run_stage.limits.GRACE + (-1 if stopped else 1)
+
+    assert run("unet", *small) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run_stage, "Clock", Over)
+        assert run("soflow", "train.steps=60", *small) == 130
+    assert 0 < ledger_of(runs)[-1]["steps"] < 60
+    runs.rename(tmp_path / "before")  # the machine is gone, and all that lies on it
+
+    assert run("soflow", "train.steps=60", *small) == 0
+    (row,) = ledger_of(runs)
+    assert (row["state"], row["steps"]) == ("done", 60)
+    lines = (runs / "soflow" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))  # of both machines
+    assert run("students", *small) == 0
+    unet, soflow = (json.loads((runs / name / "model" / "config.json").read_text()) for name in ("unet", "soflow"))
+    assert unet["carried"] == soflow["carried"] == "bfloat16"
+    digests = {row.digest for row in read_results(runs / "students" / "results.json").rows}
+    assert soflow["teacher_digest"] in digests
+
+
 def test_no_process_outlives_the_limit(modules, tmp_path, monkeypatch, capsys) -> None:
     """What does not stop when it is asked to is killed; without a limit nothing is asked."""
     run_stage, _ = modules
@@ -168,11 +205,15 @@ def test_no_process_outlives_the_limit(modules, tmp_path, monkeypatch, capsys) -
 
         def left(self) -> float:
             self.asked += deaf.exists()
-            return run_stage.GRACE + 1 if not self.asked else run_stage.GRACE - 1 if self.asked < 20 else -1
+            return (
+                run_stage.limits.GRACE + 1 if not self.asked else run_stage.limits.GRACE - 1 if self.asked < 20 else -1
+            )
 
     stubborn = "import pathlib, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     stubborn += f"pathlib.Path({str(deaf)!r}).touch(); time.sleep(600)"
-    monkeypatch.setattr(run_stage, "start", lambda words: subprocess.Popen([sys.executable, "-S", "-c", *words[1:]]))
+    monkeypatch.setattr(
+        run_stage.limits, "start", lambda words: subprocess.Popen([sys.executable, "-S", "-c", *words[1:]])
+    )
     assert run_stage.finish(["python", stubborn], Over()) == 130
     assert "killed" in capsys.readouterr().err
     assert run_stage.finish(["python", "raise SystemExit(4)"], run_stage.Clock(None)) == 4
@@ -182,7 +223,7 @@ def test_no_process_outlives_the_limit(modules, tmp_path, monkeypatch, capsys) -
 def test_as_many_steps_as_fit(run, modules, tmp_path, monkeypatch) -> None:
     """The steps are chosen before the training, and what goes on later keeps to them."""
     run_stage, _ = modules
-    monkeypatch.setattr(run_stage, "GRACE", 1.0)
+    monkeypatch.setattr(run_stage.limits, "GRACE", 1.0)
     monkeypatch.setattr(run_stage, "PROBE", 4)
     monkeypatch.setattr(run_stage, "fitting_steps", lambda lines, whole, left: 5 if len(lines) == 2 else -1)
     assert run("unet", "--size", "smallest", "--runs", tmp_path, "--fit", "--limit", "60") == 0
@@ -237,7 +278,7 @@ def test_the_recipes(modules, data, monkeypatch) -> None:
         config = load_config(str(stages.RECIPES / f"{name}.yaml"))
         assert config.name == name
         assert command_of(config) == ("teach" if name in stages.TEACHERS else "distill")
-        assert (config.teacher is None) == (name not in stages.STUDENTS or name in stages.UNTAUGHT)
+        assert (config.teacher is None) == (name not in stages.TAUGHT)
         if config.student.network is not None:
             with torch.device("meta"):
                 network = build_network(config.student.network, (3, 32, 32), 10, two_times=config.student.two_times)

@@ -4,8 +4,9 @@
 
 A stage that has run is left alone; one that was stopped goes on. With --limit it ends within that time: a training
 saves a checkpoint and a measurement its rows, and the exit code is 130 (run the same command again to go on). With
---fit a training takes as many steps as fit into the limit, by what a short one took just before. key=value are
-overrides of the recipe, in benchmarks/cifar10_jpeg/recipes. Other exit codes are fewstep's own.
+--fit a training takes as many steps as fit into the limit, by what a short one took just before. With --carry runs
+come from and go to files below 16 MB (carry.py), for a later call on another machine. key=value are overrides of the
+recipe, in benchmarks/cifar10_jpeg/recipes. Other exit codes are fewstep's own.
 """
 
 import argparse
@@ -15,15 +16,16 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages import CLASSIFIER, GOALS, HERE, RECIPES, SIZES, STAGES, STUDENTS, TEACHERS, UNTAUGHT, Size
+import limits
+from carry import pack, unpack
+from limits import STOPPED, Clock, finish
+from stages import CLASSIFIER, GOALS, HERE, RECIPES, SIZES, STAGES, STUDENTS, TAUGHT, TEACHERS, Size
 
 from fewstep.bench.measure import append_row
 from fewstep.checkpoint import RunDirectory
@@ -33,55 +35,10 @@ from fewstep.errors import FewstepError, UsageError
 from fewstep.evaluation.results import Report, read_results
 from fewstep.files import read_json, write_json
 
-STOPPED = 130
-GRACE = 20.0
-"""Seconds before the limit at which a stage is asked to stop."""
 PROBE = 24
 """Steps of the short training that tells how long a step takes; the first half of them is not counted."""
 SPARE = 0.05
 """The share of the time that --fit leaves unused."""
-
-
-class Clock:
-    """What is left of a time limit, in seconds; without one there is always enough."""
-
-    def __init__(self, limit: float | None) -> None:
-        self.began, self.limit = time.monotonic(), limit
-
-    def left(self) -> float:
-        return math.inf if self.limit is None else self.limit - (time.monotonic() - self.began)
-
-
-def start(words: Sequence[str]) -> Any:
-    """``fewstep ...`` or ``measure ...`` as a process of its own."""
-    program, *arguments = words
-    module = ["-m", "fewstep"] if program == "fewstep" else [str(HERE / f"{program}.py")]
-    return subprocess.Popen([sys.executable, *module, *arguments])
-
-
-def finish(words: Sequence[str], clock: Clock) -> int:
-    """Run a command; its exit code. It is asked to stop before the time is over, and killed if it does not."""
-    print("+", " ".join(words), file=sys.stderr, flush=True)
-    if clock.left() <= GRACE:
-        return STOPPED
-    process = start(words)
-    asked = False
-    try:
-        while process.poll() is None:
-            if clock.left() < GRACE and not asked:
-                process.send_signal(signal.SIGINT)
-                asked = True
-            if clock.left() < 0:
-                process.kill()
-                print("killed at the limit: what it had saved last is where it goes on", file=sys.stderr)
-                break
-            time.sleep(0.05)
-    except KeyboardInterrupt:  # the terminal has told the process too
-        asked = True
-        while process.poll() is None:
-            time.sleep(0.05)
-    process.communicate()
-    return STOPPED if asked or process.returncode is None or process.returncode < 0 else int(process.returncode)
 
 
 class Evidence:
@@ -96,6 +53,7 @@ class Evidence:
         self.ledger: Path = asked.ledger or (full if asked.size == "full" else self.runs / "ledger.jsonl")
         self.teacher: str = asked.teacher
         self.classifier: Path = asked.classifier
+        self.carry: Path | None = asked.carry
         self.fit: bool = asked.fit
         self.overrides: list[str] = asked.overrides
 
@@ -122,17 +80,45 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# From machine to machine ---------------------------------------------------------------------------------------------
+
+
+def bring(evidence: Evidence, stages: Sequence[str]) -> None:
+    """Unpack what was carried here of these stages and is not there yet."""
+    for stage in stages:
+        packed = evidence.carry / stage if evidence.carry is not None else None
+        if packed is not None and (packed / "carry.json").is_file() and not evidence.run(stage).path.exists():
+            unpack(packed, evidence.run(stage).path)
+            print(f"{stage}: brought from {packed}", file=sys.stderr)
+
+
+def take(evidence: Evidence, stage: str) -> None:
+    """Pack a run into small files. One that has ended is replaced by what they hold: students learn here from the very
+    weights that they will find elsewhere."""
+    if evidence.carry is None:
+        return
+    run, packed = evidence.run(stage).path, evidence.carry / stage
+    shutil.rmtree(packed, ignore_errors=True)
+    manifest = pack(run, packed)
+    if manifest["what"] == "model":
+        shutil.rmtree(run)
+        unpack(packed, run)
+    size = sum(part["bytes"] for part in manifest["parts"])
+    print(f"{stage}: {len(manifest['parts'])} parts, {size / 1e6:.1f} MB -> {packed}", file=sys.stderr)
+
+
 # Trainings -----------------------------------------------------------------------------------------------------------
 
 
 def train(evidence: Evidence, stage: str, clock: Clock) -> int:
     """Train a recipe, or go on with it, and write what came of it to the ledger."""
+    bring(evidence, [stage, *([evidence.teacher] if stage in TAUGHT else [])])
     if evidence.done(stage):
         print(f"{stage} is trained: {evidence.run(stage).path}", file=sys.stderr)
         return 0
     command = "teach" if stage in TEACHERS else "distill"
     overrides = evidence.size.overrides(stage)
-    if stage in STUDENTS and stage not in UNTAUGHT:
+    if stage in TAUGHT:
         overrides.append(f"teacher.path={evidence.run(evidence.teacher).path}")
     overrides += evidence.overrides
     run = evidence.run(stage)
@@ -151,6 +137,8 @@ def train(evidence: Evidence, stage: str, clock: Clock) -> int:
     seconds = time.monotonic() - began
     if (run.path / "status.json").is_file():
         evidence.row(stage, **_training_facts(evidence, stage, code, seconds, overrides))
+    if code in (0, STOPPED) and (evidence.done(stage) or run.resumes()):
+        take(evidence, stage)
     return code
 
 
@@ -177,7 +165,7 @@ def _training_facts(
         "wall_s": round(seconds, 1),
         "overrides": [each for each in overrides if not each.startswith("teacher.path")],
     }
-    if stage in STUDENTS and stage not in UNTAUGHT:
+    if stage in TAUGHT:
         facts["teacher"] = evidence.teacher
     if evidence.done(stage):
         facts["params"] = read_json(run.model / "config.json").get("params")
@@ -203,7 +191,7 @@ def fit(evidence: Evidence, command: str, stage: str, overrides: Sequence[str], 
     if code:
         raise UsageError(f"the short training that tells how long a step takes ended with exit code {code}")
     lines = [json.loads(line) for line in RunDirectory(probe).metrics.read_text().splitlines()]
-    steps = fitting_steps(lines, whole, clock.left() - GRACE)
+    steps = fitting_steps(lines, whole, clock.left() - limits.GRACE)
     shutil.rmtree(probe)
     if steps < PROBE:
         raise UsageError(f"{clock.left():.0f} s are too few: {steps} steps would fit")
@@ -232,6 +220,7 @@ def fitting_steps(lines: Sequence[dict[str, Any]], whole: float, left: float) ->
 def measure(evidence: Evidence, stage: str, clock: Clock) -> int:
     """Sweep the teachers, or the teacher and its students, as far as they are trained; rows go to the ledger."""
     names = TEACHERS if stage == "teachers" else (evidence.teacher, *STUDENTS)
+    bring(evidence, names)
     runs = [evidence.run(name).path for name in names if evidence.done(name)]
     if stage == "students" and not evidence.done(evidence.teacher):
         raise UsageError(f"no teacher to measure students against: run the stage {evidence.teacher} first")
@@ -344,10 +333,13 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--teacher", choices=TEACHERS, default="unet", help="whose students (default: unet)")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/cifar10_jpeg, or runs/SIZE)")
     parser.add_argument("--ledger", type=Path, help="default: benchmarks/ledger/DATE-cifar10-jpeg.jsonl, or in --runs")
+    parser.add_argument(
+        "--carry", type=Path, help="folder of small files: runs are brought from it, and packed into it as they end"
+    )
     parser.add_argument("--classifier", type=Path, default=CLASSIFIER, help="default: the one that ships")
     asked = parser.parse_intermixed_args(words)
-    if asked.limit is not None and asked.limit <= GRACE:
-        parser.error(f"--limit is above {GRACE:.0f} s, which are left to a stage to stop in")
+    if asked.limit is not None and asked.limit <= limits.GRACE:
+        parser.error(f"--limit is above {limits.GRACE:.0f} s, which are left to a stage to stop in")
     for override in asked.overrides:
         if "=" not in override:
             parser.error(f"overrides are key=value, got '{override}'")

@@ -20,8 +20,8 @@ STUDENTS = (
     "consistency",
     "reflow",
 )
-UNTAUGHT = ("meanflow-scratch",)
-"""Students that have no teacher."""
+TAUGHT = tuple(name for name in STUDENTS if name != "meanflow-scratch")
+"""Students that have a teacher."""
 
 GOALS = (
     "fd_classifier=1.05*teacher@4",
@@ -75,7 +75,7 @@ class Size:
     def overrides(self, stage: str) -> list[str]:
         """The overrides of a recipe's stage."""
         found = [*self.common, *self.of.get(stage, ())]
-        if stage in STUDENTS and stage not in UNTAUGHT:
+        if stage in TAUGHT:
             found += self.taught
         if stage in FAMILY and FAMILY[stage] in self.networks:
             found.append(f"student.network={self.networks[FAMILY[stage]]}")
