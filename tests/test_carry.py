@@ -17,7 +17,15 @@ import torch
 from conftest import SMALL, contents, refuse, student, succeed
 from torch import Tensor
 
-from fewstep.checkpoint import Checkpoint, RunDirectory, Tensors, checkpoints, read_checkpoint, read_model
+from fewstep.checkpoint import (
+    Checkpoint,
+    RunDirectory,
+    Tensors,
+    checkpoints,
+    read_checkpoint,
+    read_model,
+    write_checkpoint,
+)
 from fewstep.config import load_config
 from fewstep.distill.run import Interrupted, run_training
 from fewstep.files import read_json
@@ -145,6 +153,14 @@ def test_a_second_moment_stays_within_its_entries(rounding: ModuleType) -> None:
     assert back.max() <= v.max()
 
 
+def test_a_second_moment_far_from_rank_one_stays_within_its_entries(rounding: ModuleType) -> None:
+    """The product of means would leave them: above where a full row and column cross, below where two empty ones do."""
+    cross, block = torch.full((30, 50), 1e-12), torch.full((30, 50), 1e-6)
+    cross[0], cross[:, 0], block[0, 0] = 1, 1, 1
+    assert float(again(rounding, cross)[1].max()) == float(cross.max())
+    assert float(again(rounding, block)[1].min()) == float(block.min())
+
+
 @pytest.mark.parametrize("shape", [(300,), (3, 3), (30, 50)])
 @pytest.mark.parametrize("scale", [1e-34, 1.0])
 def test_a_second_moment_is_zero_only_where_it_was(shape: tuple[int, ...], scale: float, rounding: ModuleType) -> None:
@@ -156,6 +172,12 @@ def test_a_second_moment_is_zero_only_where_it_was(shape: tuple[int, ...], scale
     if len(shape) == 1:
         assert bool(((back - v).abs() <= 2**-8 * v)[v >= torch.finfo(torch.float32).tiny].all())
         assert back[0] == 0
+
+
+def test_a_second_moment_of_one_tiny_entry_is_kept(rounding: ModuleType) -> None:
+    v = torch.zeros(30, 50)
+    v[3, 4] = 1e-45  # its mean over a row is none in float32
+    assert torch.equal(again(rounding, v)[1] > 0, v > 0)
 
 
 def test_what_is_no_moment_stays(rounding: ModuleType) -> None:
@@ -266,6 +288,29 @@ def test_averages_stand_in_for_what_is_left_out(carry: ModuleType, trained: Path
         told = [line for line in said["dropped"] if "stands in" in line]
         assert len(told) == sum(group != other for group, other in standing_in.items())
     succeed("distill", "digits-consistency", *own, "--out", there, "--resume")
+
+
+def test_tensors_of_every_type_come_back(carry: ModuleType, trained: Path, tmp_path: Path) -> None:
+    """Those of equal bytes too, which other types and shapes may have."""
+    run = stopped("digits-teacher", overrides("teacher", trained), tmp_path / "stopped", 1)
+    checkpoint = newest(run)
+    ones = torch.ones(4, 6)
+    extra = {
+        "float": ones,
+        "other": -3.3 * ones.reshape(2, 12),
+        "as_int": (-3.3 * ones.flatten()).view(torch.int32),
+        "flat": -3.3 * ones.flatten(),
+        "double": torch.full((4, 6), 0.1, dtype=torch.float64),
+        "half": torch.full((4, 6), 0.1, dtype=torch.float16),
+        "brain": torch.full((4, 6), 0.1, dtype=torch.bfloat16),
+        "bool": torch.eye(4) > 0,
+        "none": torch.empty(0, 3),
+        "scalar": torch.tensor(0.1),
+    }
+    groups = {**checkpoint.groups, "objective": extra}
+    write_checkpoint(run / "checkpoints", 1, Checkpoint(groups, checkpoint.state), keep=None)
+    _, there = moved(carry, run, tmp_path)
+    assert alike(newest(there).groups["objective"], extra)
 
 
 def test_curvature_comes_along_and_is_not_rounded(carry: ModuleType, trained: Path, tmp_path: Path) -> None:
