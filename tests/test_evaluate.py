@@ -97,6 +97,7 @@ def test_rows_have_intervals_differences_and_a_protocol(copied: Copy) -> None:
     assert row["flops"] > 0
     assert row["latency_p95_ms"] >= row["latency_ms"]
     assert row["images_per_s"] > 0
+    assert all(model["device"] and model["device_type"] for model in found["models"])  # on what both were trained
 
 
 def test_statistics_in_a_file_take_the_place_of_the_data(copied: Copy, tmp_path: Path) -> None:
