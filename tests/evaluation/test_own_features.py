@@ -282,6 +282,77 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch) -> None:
     assert drawn == set(range(60)) - held_out
 
 
+def test_a_classifier_of_other_widths(tmp_path) -> None:
+    """Its card says them, and the extractor is the network that was trained: more stages, other features."""
+    card = train(small(side=16), tmp_path / "wide", widths=(8, 16, 16, 24), feature_dim=5, precision="bf16")
+    assert (card["widths"], card["feature_dim"], card["precision"]) == ([8, 16, 16, 24], 5, "bf16")
+    extractor = load_classifier(tmp_path / "wide", CPU)
+    assert extractor.dim == 5
+    assert len(extractor.network.stages) == 4
+    assert extract(extractor, grey_levels(3, 2, 16, 16)).shape == (3, 5)
+    # One written before cards said so has the widths of then.
+    train(small(), tmp_path / "plain")
+    path = tmp_path / "plain" / "classifier.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("widths", "feature_dim")}
+    path.write_text(json.dumps(old))
+    assert load_classifier(tmp_path / "plain", CPU).dim == 64
+
+
+def test_half_of_the_images_are_mirrored_where_that_is_asked_for(tmp_path, monkeypatch) -> None:
+    """What the network is given is, for about half of the samples, the mirrored image and nothing else."""
+    seen: list[Tensor] = []
+    plain = ImageClassifier.forward
+    monkeypatch.setattr(classifier_training, "augment", lambda x, key: x)
+    monkeypatch.setattr(ImageClassifier, "forward", lambda self, x: seen.append(x) or plain(self, x))
+    for flip in (False, True):
+        train(small(), tmp_path / str(flip), steps=20, batch_size=16, flip=flip)
+    batches = len(seen) // 2
+    # The last of each measure the accuracy.
+    straight, mirrored = (torch.cat(each[:-1]) for each in (seen[:batches], seen[batches:]))
+    same = (straight == mirrored).flatten(1).all(dim=1)
+    assert torch.equal(straight[~same].flip(-1), mirrored[~same])
+    assert 0.4 < float(same.float().mean()) < 0.6
+    assert torch.equal(seen[batches - 1], seen[-1])
+
+
+def test_a_test_set_measures_and_nothing_is_held_out(tmp_path, monkeypatch) -> None:
+    from dataclasses import replace
+
+    data, test = small(), replace(small(33), name="apart")
+    drawn: dict[str, set[int]] = {"small": set(), "apart": set()}
+    plain = Dataset.samples
+
+    def watched(self: Dataset, rows: Tensor) -> Tensor:
+        drawn[self.name].update(rows.tolist())
+        return plain(self, rows)
+
+    monkeypatch.setattr(Dataset, "samples", watched)
+    card = train(data, tmp_path / "out", test=test, steps=40, batch_size=16)
+    assert (card["trained_on"], card["held_out"], card["tested_on"]) == (60, 33, "apart")
+    assert drawn == {"small": set(range(60)), "apart": set(range(33))}
+    assert extractor_facts(load_classifier(tmp_path / "out", CPU))["tested_on"] == "apart"
+    for other, says in (
+        (replace(small(classes=4), name="apart"), "4 classes"),
+        (replace(small(side=5), name="apart"), "images of"),
+        (replace(test, label=None), "classes"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            train(data, tmp_path / "no", test=other)
+    for widths in ((12,), (), (8, 0)):
+        with pytest.raises(UsageError, match="multiples of 8"):
+            train(data, tmp_path / "no", widths=widths)
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_options_of_a_classifier(tmp_path) -> None:
+    words = ("data", "classifier", "digits-teacher", "--steps", 2, "--test", "digits-teacher", "--features", 3)
+    result = succeed(*words, "--widths", "8,16", "--flip", "--precision", "bf16", "--out", tmp_path / "out", "--json")
+    card = json.loads(result.stdout)
+    assert (card["widths"], card["feature_dim"], card["flip"], card["tested_on"]) == ([8, 16], 3, True, "digits")
+    assert "of 1797 images of digits right" in result.stderr
+    refuse(*words, "--widths", "8,x", "--out", tmp_path / "no", says=("--widths takes numbers",))
+
+
 def test_large_images_and_single_pixels(tmp_path) -> None:
     for side in (1, 40):
         train(small(side=side), tmp_path / str(side))
