@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fewstep.block import Block
+from fewstep.block import Block, ProductsName, products_of
 from fewstep.data.config import DataConfig
 from fewstep.distill.config import ObjectiveConfig, TrainConfig
 from fewstep.distill.consistency.config import ConsistencyBlock, ConsistencyFlowMatchingConfig
@@ -108,10 +108,20 @@ class RunConfig(Block):
         if guidance is not None and self.teacher is not None and self.teacher.guidance != 1:
             raise ValueError("objective.guidance and teacher.guidance exclude each other: one of them guides")
         one_sided = isinstance(self.objective, EulerianBlock) and self.objective.jvp == "one_sided"
-        if one_sided and self.train.precision != "fp32":
-            raise ValueError("objective.jvp one_sided needs train.precision fp32: it is a difference of outputs")
-        if segments and self.train.precision != "fp32":
-            raise ValueError(f"objective {kind} needs train.precision fp32: it compares points that are close")
+        given = self.train.precision
+        if one_sided and given != "fp32":
+            raise ValueError(
+                f"objective.jvp one_sided needs train.precision fp32, not {given}: it is a difference of outputs"
+            )
+        if segments and given != "fp32":
+            raise ValueError(
+                f"objective {kind} needs train.precision fp32, not {given}: it compares points that are close"
+            )
+        if self._takes_differences() and given == "tf32":
+            raise ValueError(
+                "objective.jvp finite_difference needs train.precision fp32 or bf16, which leave its difference of "
+                "outputs in true float32: TF32 has 10 bits for each of them"
+            )
         if self.student.guidance_input and guidance is None:
             raise ValueError(
                 "student.guidance_input needs objective.guidance: what the student is to be told"
@@ -129,6 +139,15 @@ class RunConfig(Block):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{place} is {value}: numbers have to be finite")
         return self
+
+    @property
+    def products(self) -> ProductsName:
+        """How a GPU may multiply what is float32 in training: truly where derivatives are differences of outputs."""
+        return "fp32" if self._takes_differences() else products_of(self.train.precision)
+
+    def _takes_differences(self) -> bool:
+        """Whether the objective has a derivative that is a difference of two outputs."""
+        return getattr(self.objective, "jvp", "forward") != "forward"
 
     def _has_stages(self) -> bool:
         """Whether training is several stages by itself, without a warm start."""

@@ -20,7 +20,7 @@ from fewstep.data.paths import expanded
 from fewstep.data.prepare import check_out, write_shards
 from fewstep.data.stream import Run, Stream, stream
 from fewstep.errors import EnvironmentFault, UsageError
-from fewstep.evaluation.features import full_float32
+from fewstep.precision import products
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _BATCH = 16
@@ -95,7 +95,7 @@ def latents(data: Stream, network: Any, folder: Path, device: torch.device) -> S
 def _moments(network: Any, images: Tensor, device: torch.device) -> Tensor:
     """``[B, 2 C, H, W]`` float32 on the CPU."""
     found = []
-    with full_float32():
+    with products("fp32"):
         for batch in images.split(_BATCH):
             distribution = network.encode(batch.to(device).float() / 127.5 - 1).latent_dist
             found.append(torch.cat((distribution.mean, distribution.std), dim=1).float().cpu())

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "interrupts",
         "launch",
         "console",
+        "precision",
     ),
     ("networks", "data", "sampling", "graphs", "evaluation.config", "networks.config", "networks.foreign.config"),
     ("checkpoint", "students.config", "teachers.config", "distill.times_config"),

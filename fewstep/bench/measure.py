@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewstep.block import PrecisionName
 from fewstep.environment import describe_environment
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Work = Callable[[], object]
-Precision = Literal["fp32", "bf16"]
+Precision = PrecisionName
 """As ``train.precision``."""
 Reported = Callable[[int, int], None]
 """Called with how many of how many are done."""

@@ -26,10 +26,12 @@ from fewstep.bench.measure import (
     unreported,
     where,
 )
+from fewstep.block import products_of
 from fewstep.distill.tangent import forward_derivative
 from fewstep.errors import EnvironmentFault, UsageError, nearest
 from fewstep.networks.build import build_network, parameter_count
 from fewstep.networks.config import LARGE, SIZES
+from fewstep.precision import products
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def bench_networks(
     """
     nets = {size: net.to(device) for size, net in _build(sizes, shape, classes).items()}
     flops = {size: forward_flops(net, shape) for size, net in nets.items()}
-    with torch_threads(threads):
+    with torch_threads(threads), products(products_of(precision)):
         works = {}
         for size, net in nets.items():
             works[size] = _works(net, shape, classes, batch_size, device, precision, compiled)

@@ -6,13 +6,14 @@ further ado. Shapes: B batch, D dimensions of a sample.
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from fewstep.bench.measure import (
     Precision,
@@ -33,14 +34,22 @@ from fewstep.bench.textbook import step_difference
 from fewstep.bench.train import bare_training
 from fewstep.bench.variants import REFERENCE, TEXTBOOK, Variant, chosen_variants, variants
 from fewstep.bench.workshop import Workshop
+from fewstep.config import RunConfig
 from fewstep.data.dataset import Batch
 from fewstep.distill.compiled import compile_objective
 from fewstep.errors import UsageError, nearest
 from fewstep.networks.build import parameter_count
 from fewstep.networks.config import SIZES
+from fewstep.precision import products
 
 WARM_UP_STEPS = 2
 CHECKED_ROWS = 16
+REFUSED: dict[Precision, tuple[str, ...]] = {
+    "fp32": (),
+    "tf32": ("one_sided", "finite_difference"),
+    "bf16": ("one_sided",),
+}
+"""Derivatives that a config does not allow in a precision."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +129,10 @@ def bench_objectives(
     In every round each takes one step on the same batch, and every round starts with another one, so that whatever else
     the machine does meets all of them. The teacher is one of the same size that has taken one step: what it says does
     not matter here. With ``compiled`` every objective but the textbook's has a second line, as ``train.compile`` trains
-    it. In bfloat16 there are no one-sided differences. ``FewstepError`` if the textbook's MeanFlow step is not ours, or
-    a compiled one not the eager one.
+    it. Lines that refuse the precision are left out. ``FewstepError`` if the textbook's MeanFlow step is not ours, or a
+    compiled one not the eager one.
     """
-    chosen = [each for each in chosen_variants(names) if precision == "fp32" or each.settings.get("jvp") != "one_sided"]
+    chosen = [each for each in chosen_variants(names) if each.settings.get("jvp") not in REFUSED[precision]]
     if size not in SIZES:
         raise UsageError(f"no network of size '{size}'; {nearest(size, SIZES)}")
     if len(shape) != 3:
@@ -138,9 +147,11 @@ def bench_objectives(
             for line in lines:
                 batches = pairs if line.kind == "reflow" else source
                 objectives[line.label] = objective = workshop.objective(line).to(device)
+                config = workshop.config(line)
                 if line.compiled:
-                    compile_objective(objective, batches.batch(0))
-                steps[line.label] = bare_training(objective, batches.batch, workshop.config(line).train, seed=0)
+                    with products(config.products):
+                        compile_objective(objective, batches.batch(0))
+                steps[line.label] = _under(config, bare_training(objective, batches.batch, config.train, seed=0))
             for each in steps.values():
                 for _ in range(WARM_UP_STEPS):
                     next(each)
@@ -189,6 +200,14 @@ def objectives_table(bench: ObjectivesBench) -> Table:
             cells += [f"{printed.median:.3f}", f"{printed.low:.3f} to {printed.high:.3f}"]
         table.add_row(cost.name, *cells)
     return table
+
+
+def _under(config: RunConfig, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same steps, each with float32 products as the config has them."""
+    while True:
+        with products(config.products):
+            loss = next(steps)
+        yield loss
 
 
 def _textbook_error(workshop: Workshop) -> float:

@@ -38,6 +38,7 @@ from fewstep.distill.train import TrainState, gradient_norm, make_accelerator, t
 from fewstep.errors import UsageError
 from fewstep.keys import Key
 from fewstep.networks.build import parameter_count
+from fewstep.precision import products
 
 WARM_UP_STEPS = 10
 MAX_BATCH = 2**20
@@ -112,7 +113,8 @@ def bench_training(
     def objective() -> Objective:
         return stage.build(copy.deepcopy(request.student), None).to(device)
 
-    with torch_threads(threads or config.train.threads):
+    # The loop by hand is told the same of float32, once and for all.
+    with torch_threads(threads or config.train.threads), products(config.products):
 
         def bare_step_ms(batch_size: int) -> float:
             by_hand = BatchesByHand(data, batch_size, config.seed, device)
@@ -129,7 +131,15 @@ def bench_training(
         bare_objective, own_objective = objective(), objective()
         bare = bare_training(bare_objective, by_hand.batch, settings, seed=config.seed)
         # One step more than are taken: the generator stays alive, and its averages with it.
-        own = train(own_objective, source, settings, accelerator, seed=config.seed, steps=steps + 1)
+        own = train(
+            own_objective,
+            source,
+            settings,
+            accelerator,
+            seed=config.seed,
+            steps=steps + 1,
+            float32=config.products,
+        )
         by_hand.draw(0, WARM_UP_STEPS)
         _segment(bare, WARM_UP_STEPS, device)
         _segment(own, WARM_UP_STEPS, device)

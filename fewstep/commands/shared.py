@@ -40,6 +40,7 @@ class SolverChoice(StrEnum):
 
 class PrecisionChoice(StrEnum):
     fp32 = "fp32"
+    tf32 = "tf32"
     bf16 = "bf16"
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.block import Block, PathName
+from fewstep.block import Block, PathName, PrecisionName
 from fewstep.distill.consistency.config import (
     ConsistencyConfig,
     ConsistencyFlowMatchingConfig,
@@ -154,11 +154,13 @@ class TrainConfig(Block):
     ``ema`` lists the averages to keep, a bare number being a constant decay; the first is the one exported. Every
     ``ema_snapshot_every`` steps (0: never) the power-function averages are kept for ``fewstep average``.
 
-    ``precision: bf16`` runs the network in bfloat16 where that is safe: weights, time embeddings, Jacobian-vector
-    products and losses stay in float32. ``parallel`` says how several processes share the student: a copy each (ddp)
-    or a shard each (fsdp2). ``compile`` runs student and tangents through torch.compile, after checking them against
-    eager mode. ``threads`` is torch's thread count while training on a CPU (0: its own choice): matrices as small as
-    the recipes' are multiplied faster by one thread than by two that have to wait for each other.
+    ``precision`` is what products and convolutions are computed in: ``fp32`` true float32, on a GPU too; ``tf32``
+    float32 tensors whose factors a GPU may round to 10 bits; ``bf16`` bfloat16 where that is safe, while weights, time
+    embeddings, Jacobian-vector products and losses stay in float32, with products as under ``tf32``. ``parallel`` says
+    how several processes share the student: a copy each (ddp) or a shard each (fsdp2). ``compile`` runs student and
+    tangents through torch.compile, after checking them against eager mode. ``threads`` is torch's thread count while
+    training on a CPU (0: its own choice): matrices as small as the recipes' are multiplied faster by one thread than
+    by two that have to wait for each other.
     """
 
     steps: int = Field(4000, ge=1)
@@ -174,7 +176,7 @@ class TrainConfig(Block):
     grad_clip: float = Field(1.0, ge=0)
     ema: tuple[EMAConfig, ...] = Field((ConstantEMA(decay=0.999),), min_length=1)
     ema_snapshot_every: int = Field(0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: PrecisionName = "fp32"
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     compile: bool = False
     threads: int = Field(0, ge=0)

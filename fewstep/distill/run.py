@@ -44,6 +44,7 @@ from fewstep.errors import FewstepError, UsageError, is_out_of_memory
 from fewstep.files import read_json, write_atomic, write_json
 from fewstep.networks.build import build_network
 from fewstep.networks.foreign.config import ForeignBlock, knows_none
+from fewstep.precision import products
 from fewstep.students.initialise import copy_teacher, network_of
 from fewstep.teachers.config import RunTeacher
 from fewstep.teachers.load import Teacher, load_teacher
@@ -180,7 +181,8 @@ def check_training(
     teacher = None if config.teacher is None else load_teacher(config.teacher, config.data, data, device)
     _check_groups(config, teacher, shares)
     student = _build_student(config, teacher, data)
-    stages = plan(config, teacher, data)
+    with products("fp32"):  # a grid may be found along a teacher's trajectories
+        stages = plan(config, teacher, data)
     empty = next((stage for stage in stages if stage.steps < 1), None)
     if empty is not None:
         raise UsageError(f"the stage {empty.name} has no optimiser steps: raise train.steps")
@@ -270,7 +272,8 @@ def _train_stages(
     teacher = None if request.teacher is None else request.teacher.net
     # Not for pairs: their files are the same bytes whoever makes them.
     if settings.compile and teacher is not None and all(stage.pairs is None for stage in stages):
-        compile_teacher(teacher, source.batch(begun))
+        with products(config.products):
+            compile_teacher(teacher, source.batch(begun))
     for number in range(position.stage, len(stages)):
         stage = stages[number]
         here = number == position.stage
@@ -306,6 +309,7 @@ def _train_stages(
             start=start,
             done=done,
             asked=stopped,
+            float32=config.products,
         )
         try:
             for state in steps:
@@ -381,7 +385,7 @@ def _out_of_memory(error: BaseException, step: int, config: RunConfig, processes
     settings = config.train
     remedies = [f"raise train.gradient_accumulation_steps above {settings.gradient_accumulation_steps}"]
     remedies[0] += " (the same training in smaller pieces) or lower train.batch_size"
-    if settings.precision == "fp32":
+    if settings.precision != "bf16":
         remedies.append("set train.precision=bf16")
     if processes > 1 and settings.parallel == "ddp":
         remedies.append("set train.parallel=fsdp2")

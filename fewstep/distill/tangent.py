@@ -44,7 +44,8 @@ def forward_derivative(net: Net, x: Tensor, v: Tensor, t_B: Tensor, r_B: Tensor,
 def central_difference(step: float) -> Derivative:
     """``(u(x + h v, t + h) - u(x - h v, t - h)) / 2h`` with ``h = step``, in full precision: two plain evaluations.
 
-    The truncation error falls as ``h^2`` and the rounding error grows as ``1 / h``; times leave [0, 1] by up to ``h``.
+    The truncation error falls as ``h^2`` and the rounding error, of TF32 where products may run in it, grows as
+    ``1 / h``; times leave [0, 1] by up to ``h``.
     """
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from fewstep.block import ProductsName, products_of
 from fewstep.checkpoint import Tensors
 from fewstep.data.dataset import Batch, BatchSource
 from fewstep.distill.compiled import compile_objective
@@ -30,6 +31,7 @@ from fewstep.distill.reading import Reading
 from fewstep.distill.shards import full, gathered, shard, shard_like
 from fewstep.errors import FewstepError, UsageError
 from fewstep.keys import Key
+from fewstep.precision import products
 
 CHECKED_STEPS = 3
 """First steps after which the processes compare their gradient norms."""
@@ -111,13 +113,15 @@ def train(
     start: dict[str, Tensors] | None = None,
     done: int = 0,
     asked: Callable[[], bool] = lambda: False,
+    float32: ProductsName | None = None,
 ) -> Iterator[TrainState]:
     """Train ``objective.student`` up to ``steps`` optimiser steps, yielding after each.
 
     ``first_step`` offsets the keys of the random draws and of the batches (later stages go on where earlier ones
     ended). ``start`` with ``done`` continues from a snapshot taken after ``done`` steps, with the same bits as a run
     that was never interrupted. Under FSDP2 the student is sharded in place and stays so. ``asked()`` says, once a step,
-    whether this process has been asked to stop.
+    whether this process has been asked to stop. ``float32`` is how float32 is multiplied within a step, where that is
+    not as ``config.precision`` has it; between steps the caller's own choice holds.
 
     On a GPU the host does not wait for it within a step: loss and norm of a step are looked at when the next one has
     its gradients, and until then the device itself keeps what is not finite from the weights. The last step is looked
@@ -133,8 +137,10 @@ def train(
     sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
     if not sharded:
         objective.to(accelerator.device)
+    float32 = float32 or products_of(config.precision)
     if config.compile:
-        compile_objective(objective, source.batch(first_step + done))
+        with products(float32):  # graphs are made for the flags of their first call
+            compile_objective(objective, source.batch(first_step + done))
     prepared = _distribute(objective, accelerator, sharded=sharded)
     student = objective.student
     parameters = [*student.parameters(), *objective.own_parameters().values()]  # the student's first, for checkpoints
@@ -163,7 +169,8 @@ def train(
             group["lr"] = lr
         key = Key(seed, first_step + step)
         batch = source.batch(first_step + step)
-        outputs, mean = _backward(prepared, batch, key, config, accelerator)
+        with products(float32):
+            outputs, mean = _backward(prepared, batch, key, config, accelerator)
         norm = gradient_norm(parameters)
         # One exchange among the processes: they have to agree on what follows.
         numbers = [mean, full(norm)]
@@ -227,7 +234,7 @@ def _backward(
     outputs, means = [], []
     for number, part in enumerate(parts, start=1):
         with _synchronised(prepared, accelerator, number == len(parts)):
-            with _precision(config, accelerator):
+            with _autocast(config, accelerator):
                 output: LossOutput = prepared(part, key)
             mean = output.per_sample_B.mean()
             (mean if len(parts) == 1 else mean / len(parts)).backward()
@@ -247,8 +254,8 @@ def _rows(batch: Batch) -> Tensor:
     return batch.index if batch.row is None else batch.row
 
 
-def _precision(config: TrainConfig, accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-    if config.precision == "fp32":
+def _autocast(config: TrainConfig, accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    if config.precision != "bf16":
         return contextlib.nullcontext()
     return torch.autocast(accelerator.device.type, torch.bfloat16)
 

@@ -11,18 +11,20 @@ Shapes: N images, B of a batch, C channels, H by W pixels.
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.block import PrecisionName, products_of
 from fewstep.data.dataset import Dataset
 from fewstep.errors import FewstepError, UsageError
 from fewstep.evaluation.classifier import CARD, FEATURE_DIM, WIDTHS, ImageClassifier, write_classifier
 from fewstep.evaluation.quantise import to_uint8
 from fewstep.files import check_folder
 from fewstep.keys import Key
+from fewstep.precision import products
 
 HELD_OUT = 5
 MOST_HELD_OUT = 10_000
@@ -44,7 +46,7 @@ def train_classifier(
     widths: Sequence[int] = WIDTHS,
     feature_dim: int = FEATURE_DIM,
     flip: bool = False,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: PrecisionName = "fp32",
     overwrite: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -83,21 +85,23 @@ def train_classifier(
         if flip:
             mirrored = at.uniform("classifier flip", torch.arange(batch_size, device=device)) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(to_uint8(images))
-        loss = F.cross_entropy(logits.float(), label[rows].to(device), label_smoothing=0.05)
-        if not bool(torch.isfinite(loss)):
-            raise FewstepError(f"the loss of the classifier is not finite at step {step + 1}: nothing was written")
         optimizer.zero_grad()
-        loss.backward()
+        with products(products_of(precision)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = network(to_uint8(images))
+            loss = F.cross_entropy(logits.float(), label[rows].to(device), label_smoothing=0.05)
+            if not bool(torch.isfinite(loss)):
+                raise FewstepError(f"the loss of the classifier is not finite at step {step + 1}: nothing was written")
+            loss.backward()
         optimizer.step()
         schedule.step()
         report(step + 1, steps)
     network.eval().requires_grad_(False)
-    right = sum(
-        int((network(to_uint8(asked.samples(rows).to(device))).argmax(1).cpu() == answers[rows]).sum())
-        for rows in held_out.split(256)
-    )
+    with products("fp32"):
+        right = sum(
+            int((network(to_uint8(asked.samples(rows).to(device))).argmax(1).cpu() == answers[rows]).sum())
+            for rows in held_out.split(256)
+        )
     facts = {
         "dataset": data.name,
         "shape": list(data.shape),

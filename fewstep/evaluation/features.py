@@ -24,12 +24,12 @@ from fewstep.evaluation.extractor import (
     Spatial,
     check_images,
     extractor_digest,
-    full_float32,
 )
 from fewstep.evaluation.inception_features import PREPROCESSINGS, load_inception
 from fewstep.evaluation.pca import Pca
 from fewstep.evaluation.random_conv import RandomConv
 from fewstep.evaluation.user_features import load_user_features, user_features_name
+from fewstep.precision import products
 
 __all__ = [
     "EXTRACTORS",
@@ -47,7 +47,6 @@ __all__ = [
     "extractor_facts",
     "extractor_name",
     "fitted",
-    "full_float32",
     "load_digits",
     "metric_name",
 ]
@@ -155,7 +154,7 @@ def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) 
     """Features ``[N, D]`` of ``images [N, ...]``, computed in batches, on the extractor's device."""
     if len(images) == 0 or batch_size < 1:
         raise ValueError(f"nothing to extract: {len(images)} images, batch size {batch_size}")
-    with full_float32():
+    with products("fp32"):
         return torch.cat([extractor(batch) for batch in images.split(batch_size)])
 
 
@@ -164,7 +163,7 @@ def extract_everything(extractor: FeatureExtractor, images: Tensor, batch_size: 
     """What ``extract`` gives, and the logits and the spatial map of an extractor that has them, from one pass."""
     if len(images) == 0 or batch_size < 1:
         raise ValueError(f"nothing to extract: {len(images)} images, batch size {batch_size}")
-    with full_float32():
+    with products("fp32"):
         parts = [_everything(extractor, batch) for batch in images.split(batch_size)]
     return Everything(
         torch.cat([part.features for part in parts]),

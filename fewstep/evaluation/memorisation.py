@@ -9,8 +9,9 @@ Shapes: M generated rows, N training rows, D dimensions.
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.features import check_features, full_float32
+from fewstep.evaluation.features import check_features
 from fewstep.evaluation.neighbours import centre_of, smallest, squared_distances
+from fewstep.precision import products
 
 _CANDIDATES = 4  # proposed in float32, decided in float64
 _CHUNK = 512
@@ -66,7 +67,7 @@ def _nearest(x_MD: Tensor, among_ND: Tensor, itself: bool) -> tuple[Tensor, Tens
     x, among = x_MD.float() - centre, among_ND.float() - centre
     k = min(_CANDIDATES, len(among) - itself)
     distances, indices = [], []
-    with full_float32():
+    with products("fp32"):
         for start, square_BN in squared_distances(x, among, _CHUNK):
             if itself:
                 square_BN.diagonal(offset=start).fill_(torch.inf)

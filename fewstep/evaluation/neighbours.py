@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.features import check_features, full_float32
+from fewstep.evaluation.features import check_features
+from fewstep.precision import products
 
 _CHUNK = 512  # rows of the distance matrix that exist at one time
 _GROUPS = 128
@@ -56,7 +57,7 @@ class ManifoldIndicators:
 def radii(features_ND: Tensor, k: int, *, chunk: int = _CHUNK) -> Tensor:
     """Distances ``[N, k]`` from each row to its nearest, ..., k-th nearest other row, ascending."""
     check_features(features_ND)
-    with full_float32():
+    with products("fp32"):
         return _radii(features_ND.float() - centre_of(features_ND), k, chunk)
 
 
@@ -99,7 +100,7 @@ def manifold_indicators(
     check_features(ref_ND, gen_MD)
     centre = centre_of(ref_ND)
     ref, gen = ref_ND.float() - centre, gen_MD.float() - centre
-    with full_float32():
+    with products("fp32"):
         if ref_radii is None:
             ref_radii = _radii(ref, max(k_pr, k_dc), chunk)
         if gen_radii is None:

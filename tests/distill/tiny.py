@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from fewstep.block import ProductsName
 from fewstep.checkpoint import Tensors
 from fewstep.data.dataset import BatchSource, Dataset
 from fewstep.data.load import digits
@@ -189,6 +190,7 @@ def run(
     start: dict[str, Tensors] | None = None,
     done: int = 0,
     accelerator: Accelerator | None = None,
+    float32: ProductsName | None = None,
 ) -> Iterator[TrainState]:
     accelerator = accelerator or make_accelerator()
     source = BatchSource(
@@ -200,5 +202,14 @@ def run(
         world=accelerator.num_processes,
     )
     return train(
-        objective, source, config, accelerator, seed=SEED, steps=steps, first_step=first_step, start=start, done=done
+        objective,
+        source,
+        config,
+        accelerator,
+        seed=SEED,
+        steps=steps,
+        first_step=first_step,
+        start=start,
+        done=done,
+        float32=float32,
     )

@@ -15,7 +15,6 @@ from fewstep.evaluation.features import (
     build_extractor,
     class_accuracy,
     extract,
-    full_float32,
     metric_name,
 )
 from fewstep.evaluation.frechet import frechet_distance, moments
@@ -182,20 +181,3 @@ def test_no_score_is_called_fid_by_hand(extractor):
     for kind in ("fid", "kid", "fid_debiased"):
         with pytest.raises(ValueError, match="reserved"):
             metric_name(kind, extractor)
-
-
-def test_full_float32_is_scoped():
-    """On inside, and whatever the caller had chosen afterwards, an exception included."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    try:
-        with full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "high"
-        with pytest.raises(ValueError, match="raised inside"), full_float32():
-            raise ValueError("raised inside")
-        assert torch.get_float32_matmul_precision() == "high"
-        assert torch.backends.cudnn.allow_tf32 == convolution
-    finally:
-        torch.set_float32_matmul_precision(matmul)

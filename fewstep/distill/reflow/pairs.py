@@ -30,6 +30,7 @@ from fewstep.distill.reflow.config import PairsSettings
 from fewstep.errors import FewstepError, UsageError
 from fewstep.files import digest
 from fewstep.flow import VelocityField, uniform_grid
+from fewstep.precision import products
 from fewstep.sampling import sample_ode
 from fewstep.teachers.guided import GuidedField
 from fewstep.teachers.load import Teacher
@@ -105,12 +106,13 @@ def solved(
     """Rows ``index [B]`` as they are stored: ``noise``, ``x`` and, where there are classes, ``labels``. ``embeddings``
     are the condition of each row instead, and are not stored again.
 
-    Every row by itself: further rows fill the last tile and are dropped. ``FewstepError`` if a row is not finite.
+    In true float32, for the files to be the same whoever asks for them. Every row by itself: further rows fill the last
+    tile and are dropped. ``FewstepError`` if a row is not finite.
     """
     extra = torch.arange(-len(index_B) % TILE, device=index_B.device) + index_B[-1] + 1
     rows = torch.cat((index_B, extra))
     e, label = request.noise(rows), request.label(rows)
-    with torch.autocast(e.device.type, enabled=False):
+    with torch.autocast(e.device.type, enabled=False), products("fp32"):
         condition = label if embeddings is None else embeddings.take(rows)
         x = sample_ode(field, e, uniform_grid(request.steps), condition, request.solver).x
     kept = slice(0, len(index_B))
