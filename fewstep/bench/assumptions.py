@@ -6,10 +6,10 @@ from fewstep.distill.reflow.config import ReflowConfig
 
 
 def assumptions(
-    case: Outline, accelerator: Accelerator, gpus: int, *, efficiency: float, tf32: bool, reserve: float, cpu: bool
+    case: Outline, accelerator: Accelerator, gpus: int, *, efficiency: float, reserve: float, cpu: bool
 ) -> tuple[str, ...]:
     """Everything that a plan of this run rests on and has not measured, one sentence each."""
-    train = case.config.train
+    train, tf32 = case.config.train, case.config.products == "tf32"
     found = [
         f"products reach {efficiency:g} of the peak ({_peaks(accelerator, tf32)}); measure it and give --efficiency",
         "kernels run one after the other: products, and between them what reads and writes memory at its full "
@@ -29,10 +29,12 @@ def assumptions(
         )
     else:
         found.append("eager mode: every kernel reads and writes memory, whatever a cache may keep")
-    if not tf32:
-        found.append(
-            "float32 products (of forward derivatives always) run without TF32, as torch has it unless told otherwise"
-        )
+    if tf32:
+        lets = f"as train.precision {train.precision} lets them"
+        found.append(f"products and convolutions of float32 (of forward derivatives always) run in TF32, {lets}")
+    else:
+        asked = "train.precision fp32" if train.precision == "fp32" else "a difference of close outputs"
+        found.append(f"products and convolutions of float32 run without TF32, as {asked} asks")
     if gpus > 1:
         found.append(f"all {gpus} GPUs are one node, and each sends {accelerator.link:g} GB/s to the others")
         if train.parallel == "ddp":
@@ -57,5 +59,5 @@ def assumptions(
 
 
 def _peaks(accelerator: Accelerator, tf32: bool) -> str:
-    full = accelerator.tf32 if tf32 else accelerator.fp32
-    return f"{accelerator.bf16:,.4g} TFLOP/s in bfloat16, {full:,.4g} in float32"
+    full = f"{accelerator.tf32:,.4g} in TF32" if tf32 else f"{accelerator.fp32:,.4g} in float32"
+    return f"{accelerator.bf16:,.4g} TFLOP/s in bfloat16, {full}"

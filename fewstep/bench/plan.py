@@ -97,7 +97,8 @@ class Plan:
     @property
     def utilisation(self) -> float:
         """Share of the GPUs' peak that the whole run reaches, every operation at that of the run's precision."""
-        peak = self.accelerator.bf16 if self.precision == "bf16" else self.accelerator.fp32
+        kinds = {"fp32": self.accelerator.fp32, "tf32": self.accelerator.tf32, "bf16": self.accelerator.bf16}
+        peak = kinds[self.precision]
         flops = sum(stage.steps * stage.flops * self.batch_size for stage in self.stages)
         return flops / (3600 * self.hours * self.gpus * 1e12 * peak)
 
@@ -126,7 +127,6 @@ def make_plan(
     accelerator: Accelerator,
     *,
     efficiency: float = EFFICIENCY,
-    tf32: bool = False,
     cpu: bool = False,
     search: bool = True,
 ) -> Plan:
@@ -141,7 +141,7 @@ def make_plan(
         raise UsageError(f"train.batch_size {train.batch_size} does not divide into {shares} microbatches")
     if gpus > 1 and accelerator.link is None:
         raise UsageError(f"{gpus} GPUs, and the link of a {accelerator.name} is not known: give --link")
-    work = _Work(case, gpus, accelerator, efficiency, tf32, cpu)
+    work = _Work(case, gpus, accelerator, efficiency, cpu)
     rows = train.batch_size // shares
     observed = stage_calls(case, rows)
     stages = tuple(work.stage(stage, rows) for stage in observed)
@@ -165,18 +165,16 @@ def make_plan(
         microbatch=rows,
         largest=work.largest(observed[fullest], rows) if search else None,
         stages=stages,
-        assumptions=assumptions(case, accelerator, gpus, efficiency=efficiency, tf32=tf32, reserve=RESERVE, cpu=cpu),
+        assumptions=assumptions(case, accelerator, gpus, efficiency=efficiency, reserve=RESERVE, cpu=cpu),
     )
 
 
 class _Work:
     """A run on some GPUs: how its stages' costs are found."""
 
-    def __init__(
-        self, case: Outline, gpus: int, accelerator: Accelerator, efficiency: float, tf32: bool, cpu: bool
-    ) -> None:
+    def __init__(self, case: Outline, gpus: int, accelerator: Accelerator, efficiency: float, cpu: bool) -> None:
         self.case, self.gpus, self.accelerator, self.efficiency = case, gpus, accelerator, efficiency
-        self.tf32, self.cpu = tf32, cpu
+        self.tf32, self.cpu = case.config.products == "tf32", cpu
         self.train: TrainConfig = case.config.train
         self.sharded = self.train.parallel == "fsdp2" and gpus > 1
         self.fake = FakeTensorMode()

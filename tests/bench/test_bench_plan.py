@@ -72,6 +72,24 @@ def test_memory_and_operations_are_those_of_a_real_step(objective: str, workshop
     assert 1e9 * SLOW.bandwidth * stage.traffic_s == pytest.approx(between, rel=0.1)
 
 
+def test_float32_counts_as_the_precision_of_the_run_lets_it() -> None:
+    """At the peak of TF32 where that is allowed, which is no part of differences of outputs."""
+    gpu = Accelerator("fast memory", memory_gib=1, bf16=1e9, tf32=2, fp32=1, bandwidth=1e9, link=10)
+
+    def stage(*overrides: str) -> tuple[float, str]:
+        plan = planned("digits-meanflow", *overrides, gpu=gpu)
+        return plan.stages[0].products_s, " ".join(plan.assumptions)
+
+    fp32, tf32, bf16 = (stage(f"train.precision={each}") for each in ("fp32", "tf32", "bf16"))
+    differences = stage("train.precision=bf16", "objective.jvp=finite_difference")
+    assert fp32[0] == pytest.approx(2 * tf32[0])
+    assert 0.1 * tf32[0] < bf16[0] < 0.5 * tf32[0]  # the derivatives: bfloat16 costs nothing here
+    assert differences[0] > 1.5 * bf16[0]  # two evaluations at the peak of float32, for one product of two at TF32's
+    assert "run without TF32, as train.precision fp32 asks" in fp32[1]
+    assert "run in TF32, as train.precision bf16 lets them" in bf16[1]
+    assert "run without TF32, as a difference of close outputs asks" in differences[1]
+
+
 def test_what_stays_between_steps_is_counted() -> None:
     plan = planned("digits-teacher", "train.ema=[0.9, 0.99]")
     net = build_network(SMALL, (1, 8, 8), 10, two_times=False)

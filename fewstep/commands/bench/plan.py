@@ -23,7 +23,6 @@ def bench_plan(
         float | None, typer.Option("--device-peak", min=1e-6, help="TFLOP/s of products, in the place of all peaks.")
     ] = None,
     link: Annotated[float | None, typer.Option("--link", min=1e-6, help="GB/s that a GPU sends to the others.")] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Take float32 products to run in TF32.")] = False,
     shape: Annotated[
         str | None, typer.Option("--shape", help="Shape of a sample where the data are not here: C,H,W.")
     ] = None,
@@ -67,7 +66,6 @@ def bench_plan(
             gpus,
             kind,
             efficiency=EFFICIENCY if efficiency is None else efficiency,
-            tf32=tf32,
             cpu=cpu,
         )
         say(plan_title(plan))
