@@ -20,8 +20,8 @@ ProductsName = Literal["fp32", "tf32"]
 
 
 def products_of(precision: PrecisionName) -> ProductsName:
-    """How float32 is multiplied under a precision. What stays float32 in ``bf16`` takes its inputs from layers of 8
-    bits and hands its results to such: TF32 has 10."""
+    """How float32 is multiplied under a precision. What stays float32 in ``bf16`` takes its inputs from layers of
+    7-bit mantissas and hands its results to such: TF32 has 10 bits."""
     return "fp32" if precision == "fp32" else "tf32"
 
 

@@ -23,6 +23,7 @@ from fewstep.commands.shared import (
     Out,
     Overrides,
     Overwrite,
+    PrecisionChoice,
     PrintLaunch,
     Processes,
     Resume,
@@ -237,6 +238,9 @@ def sample(
     solver: SolverOption = None,
     guidance: GuidanceOption = None,
     window: WindowOption = None,
+    precision: Annotated[
+        PrecisionChoice, typer.Option("--precision", help="Of the network: fp32, tf32 (on GPUs) or bf16 (autocast).")
+    ] = PrecisionChoice.fp32,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Changes the speed, not the samples.")] = 256,
     out: Annotated[Path | None, typer.Option("--out", help="Folder (default: RUN/samples).")] = None,
     graph: Annotated[
@@ -267,9 +271,11 @@ def sample(
             batch_size=batch_size,
             solver=_name(solver),
             guidance=chosen,
+            precision=precision.value,
             graph=graph,
         )
-        stem = "-".join([*([solver] if solver else []), *_said(chosen), f"steps-{steps:02d}-seed-{seed}"])
+        low = [precision.value] if precision != PrecisionChoice.fp32 else []
+        stem = "-".join([*([solver] if solver else []), *_said(chosen), *low, f"steps-{steps:02d}-seed-{seed}"])
         x = to_uint8(sampled.x) if sampled.data.kind == "image" else sampled.x
         tensors = {"x": x} | ({} if sampled.label is None else {"label": sampled.label})
         write_tensors(folder / f"{stem}.safetensors", tensors, {"model": sampled.model.digest, "seed": str(seed)})

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from fewstep.block import PrecisionName
 from fewstep.checkpoint import DATA_MEAN, RunDirectory, read_model, write_model
 from fewstep.config import RunConfig, config_yaml, load_config, read_config, recipe_names
 from fewstep.data.config import DataConfig, DigitsConfig
@@ -52,6 +53,7 @@ from fewstep.evaluation.sweep import Candidate, Seen, draw, sweep, sweep_images,
 from fewstep.files import check_folder, digest, read_json, write_atomic, write_json
 from fewstep.graphs import GraphSampler
 from fewstep.launch import launched
+from fewstep.precision import in_precision
 from fewstep.sampling import FieldSampler, MapSampler, OdeSampler, Solver
 from fewstep.sources import SOURCES
 from fewstep.students.load import LoadedModel, guided_sampler, load_model, takes_guidance, with_guidance
@@ -94,10 +96,12 @@ def sample_run(
     batch_size: int,
     solver: Solver | None = None,
     guidance: GuidanceInput | None = None,
+    precision: PrecisionName = "fp32",
     graph: bool = False,
 ) -> SampledRun:
     """Samples ``0 .. n - 1`` of a seed from a finished run. ``solver`` is for teachers; a student has its own rule.
-    ``guidance`` is for teachers with classes and for students that take it as an input. With ``graph`` batches after
+    ``guidance`` is for teachers with classes and for students that take it as an input, ``precision`` what the network
+    is evaluated in. With ``graph`` batches after
     the first are replays of a CUDA graph: the same samples.
 
     The model says what its samples are like: the data it was trained on need not be there.
@@ -111,7 +115,7 @@ def sample_run(
         model = with_guidance(model, guidance)
     _check_steps(model, (steps,))
     data = _like_its_data(model.card, config)
-    sampler = model.sampler
+    sampler = in_precision(model.sampler, precision)
     if graph:
         assert isinstance(sampler, OdeSampler | MapSampler | FieldSampler)
         sampler = GraphSampler(sampler)

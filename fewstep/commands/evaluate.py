@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewstep.commands.shared import AsJson, Processes, SolverOption, WindowOption, show_row, user_errors
+from fewstep.commands.shared import (
+    AsJson,
+    Processes,
+    SamplingPrecision,
+    SolverOption,
+    WindowOption,
+    show_row,
+    user_errors,
+)
 from fewstep.console import emit_json, meter, say, stderr
 from fewstep.errors import UsageError
 from fewstep.launch import is_main_process, launched, run_launched
@@ -39,6 +47,7 @@ def evaluate(
         str | None,
         typer.Option("--ema", help="Tracked averages of the weights, NAME,... or all (default: the exported one)."),
     ] = None,
+    precision: SamplingPrecision = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sampling batch.")] = None,
     processes: Processes = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure finished rows of an earlier call again.")] = False,
@@ -97,14 +106,14 @@ def evaluate(
             "n": n,
             "features": tuple(features.split(",")) if features else None,
             "solver": None if solver is None else solver.value,
+            "precision": None if precision is None else precision.value,
             "batch_size": batch_size,
             "reference": tuple(map(str, reference)) if reference else None,
         }
         gates = _Gates(max_fd, max_fid, min_recall, at_most or [], at_least or [])
         if images is not None:
-            _refuse(
-                {"--guidance": guidance, "--window": window, "--ema": ema, "--solver": solver, "--fresh": fresh or None}
-            )
+            drawn = {"--guidance": guidance, "--window": window, "--ema": ema, "--solver": solver}
+            _refuse({**drawn, "--precision": precision, "--fresh": fresh or None})
             _refuse({"--processes": processes if processes > 1 else None}, "is for runs: images are drawn already")
             _images(images, data, given, steps, nfe, out, weights, gates, as_json)
             return
@@ -126,6 +135,7 @@ def evaluate(
                 "--guidance": guidance,
                 "--window": window,
                 "--ema": ema,
+                "--precision": given["precision"],
                 "--batch-size": batch_size,
                 "--weights": weights,
             }

@@ -47,6 +47,10 @@ class PrecisionChoice(StrEnum):
 SolverOption = Annotated[
     SolverChoice | None, typer.Option("--solver", help="Solver of a teacher's steps; a student has its own rule.")
 ]
+SamplingPrecision = Annotated[
+    PrecisionChoice | None,
+    typer.Option("--precision", help="Of the networks: fp32 (default: config), tf32 (on GPUs) or bf16 (autocast)."),
+]
 GuidanceOption = Annotated[
     float | None,
     typer.Option("--guidance", help="Scale, 1 is off: for students that take it as an input, teachers with classes."),

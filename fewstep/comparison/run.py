@@ -169,6 +169,7 @@ def measured_already(comparison: Comparison, runs: Sequence[Run], folder: Path) 
     same = (
         [(row.model, row.digest, row.steps, row.n) for row in found.rows] == expected
         and {row.sampler for row in found.rows if row.role == "teacher"} == {settings.solver}
+        and {row.precision for row in found.rows} == {settings.precision}
         and list(found.reference.get("extractors", ())) == list(settings.features)
     )
     return found if same else None

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from fewstep.block import Block, SolverName
+from fewstep.block import Block, PrecisionName, SolverName
 from fewstep.data.config import DataConfig
 
 StepCount = Annotated[int, Field(ge=1)]
@@ -15,6 +15,8 @@ class EvaluateConfig(Block):
 
     ``solver`` takes the steps of teachers; students have their own rule. ``reference`` names files of statistics that
     take the place of the data: ours (``*.refstats.safetensors``), or ``.npz`` and ``.pkl`` of other projects.
+    ``precision`` is what networks are evaluated in to draw samples, teachers' and students' alike, for distances and
+    times alike: true float32, float32 whose products may run in TF32, or bfloat16 as in training (``PrecisionName``).
     ``held_out`` are data of the same kind that no model has seen: beside them memorised samples show.
     """
 
@@ -26,6 +28,7 @@ class EvaluateConfig(Block):
     batch_size: int = Field(1000, ge=1)
     reference: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     held_out: DataConfig | None = None
+    precision: PrecisionName = "fp32"
 
     @field_validator("reference", mode="before")
     @classmethod

@@ -24,6 +24,8 @@ class Protocol:
     What is a row's own (model, digest, sampler, steps, NFE, guidance, average, seed) is in the row, an extractor's
     weights and preprocessing are in its digest, machine and versions are in the report's environment.
 
+    So is the precision of its networks, of which a table has one all the same (``check_same_precision``).
+
     * ``reference``: what the generated samples were compared with; ``reference_digest`` is that of its content
     * ``n``, ``indices``, ``labels``: how many samples a row is measured on, which, and what they were generated from
     * ``quantisation``, ``features``: from samples to features
@@ -84,6 +86,14 @@ def check_same_count(counts: Sequence[frozenset[int]]) -> None:
         _check_same("n, samples per row,", _listed(counts[0]), _listed(other))
 
 
+def check_same_precision(precisions: Sequence[frozenset[str]]) -> None:
+    """The rows of one table differ in models and steps: in bfloat16 distances and times are another program's. A report
+    of no models has none."""
+    said = [each for each in precisions if each]
+    for other in said[1:]:
+        _check_same("precision of the networks", _named(said[0]), _named(other))
+
+
 def _check_same(name: str, one: Any, another: Any) -> None:
     if one == another:
         return
@@ -93,6 +103,10 @@ def _check_same(name: str, one: Any, another: Any) -> None:
         return
     shown = ["not said" if value is None else repr(value) for value in (one, another)]
     raise UsageError(f"these results do not compare: {name} is {shown[0]} in one and {shown[1]} in another")
+
+
+def _named(precisions: frozenset[str]) -> str:
+    return ", ".join(sorted(precisions))
 
 
 def _listed(counts: frozenset[int]) -> str:

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.block import PrecisionName
 from fewstep.errors import UsageError
-from fewstep.evaluation.protocol import check_same_count, check_same_reference
+from fewstep.evaluation.protocol import check_same_count, check_same_precision, check_same_reference
 
 SCHEMA = 1
 
@@ -43,7 +44,8 @@ class Row:
     percentile of the time of one sample at batch size 1, ``images_per_s`` the best rate of all batch sizes measured,
     which was that at ``batch``. ``peak_memory_mb`` is what a GPU held at most meanwhile (MiB, weights included),
     ``flops`` what one sample takes in floating-point operations, ``decode_ms`` the time of an autoencoder, apart.
-    ``ema`` names the average of the weights where it is not the one that the run exported.
+    ``ema`` names the average of the weights where it is not the one that the run exported, ``precision`` what the
+    networks were evaluated in, for the samples and for the times.
 
     ``differences`` are metrics minus those of the teacher's row at most steps, on the same noise, with the ends of
     their 95 % interval; ``per_class`` are metrics of each class by itself. ``heavy`` lists metrics of which a few
@@ -79,6 +81,7 @@ class Row:
     per_class: Mapping[str, Sequence[float]] = field(default_factory=dict)
     heavy: Sequence[str] = ()
     neighbours_png: str | None = None
+    precision: PrecisionName = "fp32"
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Report:
 
 _SILENT = {
     **dict.fromkeys(("latency_p95_ms", "batch", "peak_memory_mb", "flops", "decode_ms", "ema", "neighbours_png")),
-    **{"seeds": 1, "differences": {}, "per_class": {}, "heavy": []},
+    **{"seeds": 1, "differences": {}, "per_class": {}, "heavy": [], "precision": "fp32"},
 }
 """Keys of a row that are left out, and the value that says nothing."""
 
@@ -190,8 +193,8 @@ def read_results(path: Path) -> Report:
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """One report of several. Rows of different protocols, extractors or counts of samples do not belong in one table: a
-    ``UsageError`` names what differs.
+    """One report of several. Rows of different protocols, extractors, counts of samples or precisions do not belong in
+    one table: a ``UsageError`` names what differs.
 
     Where the environments differ, all are kept, by the models measured in them: a latency belongs to its machine.
     """
@@ -199,6 +202,7 @@ def merge(reports: Iterable[Report]) -> Report:
     first = reports[0]
     check_same_reference([report.reference for report in reports])
     check_same_count([frozenset(row.n for row in report.rows) for report in reports])
+    check_same_precision([_precisions(report) for report in reports])
     rows: dict[tuple[Any, ...], Row] = {}
     models: dict[str, Model] = {}
     for report in reports:
@@ -227,6 +231,7 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
         return every[0]
     first = every[0]
     check_same_reference([report.reference for report in every])
+    check_same_precision([_precisions(report) for report in every])
     rows: dict[tuple[Any, ...], list[Row]] = {}
     models: dict[str, list[Model]] = {}
     for report in every:
@@ -243,6 +248,11 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
         {**first.reference, "training_seeds": list(reports)},
         environment,
     )
+
+
+def _precisions(report: Report) -> frozenset[str]:
+    """What models were evaluated in; of images in files it is not known."""
+    return frozenset(row.precision for row in report.rows if row.sampler != "files")
 
 
 def _kind(row: Row) -> tuple[Any, ...]:

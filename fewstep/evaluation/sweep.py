@@ -39,6 +39,7 @@ from fewstep.evaluation.strips import COUNT, samples_strip
 from fewstep.evaluation.trajectory import of_row, trajectory_measures
 from fewstep.evaluation.transport import wasserstein2
 from fewstep.keys import Key
+from fewstep.precision import in_precision
 from fewstep.sampling import Sampler
 
 Seen = Callable[[Row, int, int], None]
@@ -116,13 +117,15 @@ def sweep(
     The teacher's samples at its largest step count are the ones that ``teacher_gap`` (root mean square difference of a
     student's sample to the teacher's from the same noise, in data units) and ``differences`` refer to; of several
     teachers it is the first, or the first of the row's own guidance. ``report`` sees each row as it comes. A step count
-    outside a student's training is a ``ValueError`` before any sampling starts.
+    outside a student's training is a ``ValueError`` before any sampling starts. Whatever asks a network, for samples,
+    times or trajectories, does so in ``config.precision``.
 
     Every process of ``share`` gets all rows. ``bank`` keeps finished rows and gives back those of an earlier call with
     the same protocol and weights. ``known`` are references that need not be computed. ``held_out`` are data that no
     model has seen, beside which memorised samples show in the leading features.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.role != "teacher")
+    candidates = [replace(each, sampler=in_precision(each.sampler, config.precision)) for each in candidates]
     for candidate in candidates:
         for steps in candidate.steps:
             candidate.sampler.check(steps)
@@ -242,7 +245,7 @@ class _Sweep:
             "seed": setting.seed,
             "where": dict(self.bank.where),
             "model": (candidate.name, candidate.role, candidate.objective, candidate.digest, candidate.ema),
-            "sampler": (candidate.sampler.name, candidate.guidance, steps),
+            "sampler": (candidate.sampler.name, candidate.guidance, steps, setting.config.precision),
             "anchor": None if chosen is None or chosen == (candidate, steps) else self._key(*chosen),
         }
         return digest_of(document)
@@ -323,6 +326,7 @@ def measure(
         steps=steps,
         nfe=drawn.nfe,
         sampler=candidate.sampler.name,
+        precision=config.precision,
         guidance=candidate.guidance,
         metrics=metrics,
         params=candidate.params,

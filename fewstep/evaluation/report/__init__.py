@@ -166,6 +166,7 @@ def _speed_caption(report: Report) -> str:
     parts = ["p50 and p95: time of one sample at batch size 1; images/s: the best of the batch sizes measured"]
     if reference is not None:
         parts.append(f"speed-up against {answer.label_of(report, reference)} at {wording.plural(reference.steps)}")
+    parts += [said] if (said := wording.low_precision(report)) else []
     machine = report.environment.get("accelerator") or report.environment.get("processor")
     parts += [f"measured on {machine}"] if machine else []
     return f"{'; '.join(parts)}."
@@ -187,7 +188,9 @@ def _provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         curve.label: "; ".join(dict.fromkeys(row.digest for row in curve.rows)) for curve in answer.series(report)
     }
     samplers = {
-        curve.label: "; ".join(dict.fromkeys(f"{row.sampler}, guidance {row.guidance:g}" for row in curve.rows))
+        curve.label: "; ".join(
+            dict.fromkeys(f"{row.sampler}, guidance {row.guidance:g}, {row.precision}" for row in curve.rows)
+        )
         for curve in answer.series(report)
     }
     teachers = {model.name: model.teacher_digest for model in report.models if model.teacher_digest}

@@ -27,6 +27,7 @@ def front_matter(report: Report, rows: Sequence[Row]) -> str:
             arguments: dict[str, Any] = {"steps": row.steps, "nfe": row.nfe, "sampler": row.sampler}
             arguments |= {"guidance": row.guidance, "n": row.n, "seed": row.seed}
             arguments |= {"ema": row.ema} if row.ema else {}
+            arguments |= {"precision": row.precision} if row.precision != "fp32" else {}
             if found.low is not None and found.high is not None:
                 arguments |= {"low": found.low, "high": found.high}
             if found.sd is not None:
@@ -73,6 +74,7 @@ def model_card(report: Report, curve: Series, render: Callable[..., str]) -> str
         steps=", ".join(str(row.steps) for row in curve.rows),
         guidance=sorted({f"{row.guidance:g}" for row in curve.rows}),
         sampler=sorted({row.sampler for row in curve.rows}),
+        precision=wording.low_precision(mine),
         example_steps=_example_steps(curve),
         dataset=str(report.reference.get("dataset") or "not recorded"),
         training=_training(model),

@@ -68,6 +68,8 @@ def changes(report: Report, older: Report, against: str) -> Changes:
         for part in ("n", "extractors", "protocol")
         if older.reference.get(part) and report.reference.get(part) != older.reference.get(part)
     ]
+    if (was := _precisions(older)) != (now := _precisions(report)) and older.rows:
+        notes.append(f"networks were evaluated in {was} there and in {now} here: some of what changed may be that")
     found: list[Change] = []
     for row in report.rows:
         before = _counterpart(row, older.rows)
@@ -78,6 +80,10 @@ def changes(report: Report, older: Report, against: str) -> Changes:
         found += [change for metric in metric_names(report) if (change := _change(report, row, before, metric))]
     found.sort(key=lambda change: ORDER.index(change.verdict))
     return Changes(against, tuple(found), tuple(notes))
+
+
+def _precisions(report: Report) -> str:
+    return ", ".join(sorted({row.precision for row in report.rows}))
 
 
 def _counterpart(row: Row, older: Sequence[Row]) -> Row | str:

@@ -27,6 +27,7 @@ from fewstep.evaluation.report.wording import (
     extractors,
     first_upper,
     interval,
+    low_precision,
     measured,
     metric_names,
     number,
@@ -212,6 +213,8 @@ def overview_caption(report: Report) -> str:
     parts = ["Columns are solver steps; a dash is a step count that a model does not serve or was not measured at"]
     if said := trainings(report):
         parts.insert(0, f"{first_upper(said)} (n - 1), each with a teacher of its own")
+    if said := low_precision(report):
+        parts.append(first_upper(said))
     reference, metric = reference_row(report), primary(report)
     if reference is not None and metric is not None:
         names = [name for name in (*distances(report), recall_of(report, metric)) if measured(reference, name)]
@@ -263,7 +266,7 @@ def caption(report: Report, extractor: str, table: Table) -> str:
     samples = f"n = {counts[0]:,} samples per row" if len(counts) == 1 else "n samples per row as in the column n"
     reference = reference_row(report)
     features = "Inception features" if extractor == "inception" else f"features: {extractor}"
-    parts = [features, samples, *([said] if (said := trainings(report)) else [])]
+    parts = [features, samples, *(said for said in (low_precision(report), trainings(report)) if said)]
     if len(counts) > 1:
         parts.append("rows of different n are not compared")
     if reference is not None:

@@ -10,7 +10,7 @@ from fewstep.evaluation.results import Measured, Report, Row
 COLUMNS = (
     *("run", "model", "nfe", "steps", "metric", "value", "ci_lo", "ci_hi", "n"),
     *("sd", "seeds", "class", "difference", "difference_lo", "difference_hi"),
-    *("role", "objective", "sampler", "guidance", "ema", "seed", "digest"),
+    *("role", "objective", "sampler", "guidance", "ema", "seed", "digest", "precision"),
 )
 """``run`` tells the curves of one model apart (by sampler, guidance, ...); ``ci_lo`` and ``ci_hi`` are the ends of the
 95 % interval and ``sd`` the standard deviation over trainings; ``class`` is for metrics of one class. The differences
@@ -34,7 +34,7 @@ def as_csv(report: Report) -> str:
 def _lines(curve: Series, row: Row, device_minutes: float | None) -> Iterator[dict[str, object]]:
     head: dict[str, object] = {"run": curve.label, "ema": row.ema or "", "seeds": row.seeds}
     head |= {key: getattr(row, key) for key in ("model", "nfe", "steps", "n", "role", "objective", "sampler")}
-    head |= {key: getattr(row, key) for key in ("guidance", "seed", "digest")}
+    head |= {key: getattr(row, key) for key in ("guidance", "seed", "digest", "precision")}
     for metric, found in row.metrics.items():
         if found.value is None:
             continue

@@ -70,6 +70,12 @@ def trainings(report: Report) -> str:
     return f"mean and standard deviation over {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} trainings"
 
 
+def low_precision(report: Report) -> str:
+    """What networks were evaluated in, in words; nothing where that was float32."""
+    words = {"tf32": "networks in float32 with TF32 products", "bf16": "networks in bfloat16"}
+    return "; ".join(words[each] for each in words if any(row.precision == each for row in report.rows))
+
+
 def count(value: float) -> str:
     """A large count with its unit, as in ``675 M``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
