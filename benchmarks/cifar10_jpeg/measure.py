@@ -29,6 +29,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--steps", type=counts, required=True)
     parser.add_argument("--teacher-steps", type=counts, required=True)
     parser.add_argument("--features", required=True)
+    parser.add_argument("--precision", default="fp32", help="of the networks that sample")
     parser.add_argument("--batch-size", type=int, default=1000)
     asked = parser.parse_args(words)
     settings = EvaluateConfig(
@@ -37,6 +38,7 @@ def main(words: list[str]) -> int:
         teacher_steps=asked.teacher_steps,
         features=tuple(asked.features.split(",")),
         batch_size=asked.batch_size,
+        precision=asked.precision,
     )
     asked.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -231,6 +231,7 @@ def measure(evidence: Evidence, stage: str, clock: Clock) -> int:
     out = evidence.runs / stage
     before = {_identity(row) for row in _results(out).rows} if (out / "results.json").is_file() else set()
     words = ["measure", *map(str, runs), "--out", str(out), "--n", str(size.n), "--features", features]
+    words += ["--precision", size.precision]
     words += ["--steps", ",".join(map(str, size.steps)), "--teacher-steps", ",".join(map(str, size.teacher_steps))]
     code = finish(words, clock)
     if code:
@@ -250,6 +251,7 @@ def measure(evidence: Evidence, stage: str, clock: Clock) -> int:
             nfe=row.nfe,
             n=row.n,
             seed=row.seed,
+            precision=row.precision,
             metrics={name: [each.value, each.low, each.high] for name, each in row.metrics.items()},
             differences={name: [each.value, each.low, each.high] for name, each in row.differences.items()},
             latency_ms=row.latency_ms,
@@ -257,6 +259,7 @@ def measure(evidence: Evidence, stage: str, clock: Clock) -> int:
             at_batch=row.batch,
             params=row.params,
             train_s=models[row.model].train_s,
+            device_minutes=models[row.model].device_minutes,
             digest=row.digest,
         )
     return 0

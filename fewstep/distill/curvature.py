@@ -14,6 +14,7 @@ from fewstep.condition import Condition
 from fewstep.distill.objective import mean_square
 from fewstep.distill.shards import local
 from fewstep.distill.tangent import Derivative
+from fewstep.precision import products
 from fewstep.times import jumps_last
 
 BINS = 32
@@ -98,9 +99,10 @@ class CurvatureWeighting:
             rows = torch.zeros(1, dtype=torch.int64, device=x_t.device)
         x, t, u = x_t[rows], t_B[rows], u_B[rows]
         label = None if label_B is None else label_B[rows]
-        with torch.autocast(x.device.type, enabled=False):
+        # Ten bits of TF32 would be most of a difference of two outputs that are close; the rows are few.
+        with torch.autocast(x.device.type, enabled=False), products("fp32"):
             v = self.net(x, t, t, label)
-        square = mean_square(self.derivative(self.net, x, v, t, t, label)).double()
+            square = mean_square(self.derivative(self.net, x, v, t, t, label)).double()
         if not counted:
             return
         self._seen[0].index_add_(0, bin_of(u), square)

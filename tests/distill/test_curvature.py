@@ -10,6 +10,7 @@ import torch
 from scores import Field, bound, mean_of, products
 from torch import Tensor, nn
 
+from fewstep import precision
 from fewstep.data.dataset import Batch
 from fewstep.distill.curvature import BINS, CurvatureWeighting, bin_of
 from fewstep.distill.flow_matching import FlowMatching
@@ -124,6 +125,24 @@ def test_forward_and_difference_agree_on_a_network() -> None:
         found.append(own.square / own.count)
     torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=0)
     assert not torch.equal(found[1], found[0])
+
+
+def test_differences_are_of_true_float32() -> None:
+    """Whatever the training around it lets a GPU do, and only for as long."""
+    seen: list[tuple[bool, bool]] = []
+
+    def look(net: nn.Module, x: Tensor, *rest: object) -> Tensor:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return torch.zeros_like(x)
+
+    own = weighting(derivative=look)
+    batch = gaussian_batch(8)
+    t = torch.full((8,), 0.5)
+    with precision.products("tf32"):
+        own.observe(batch.x, t, t, None, batch.index)
+        after = torch.backends.cuda.matmul.allow_tf32
+    assert seen == [(False, False)]
+    assert after
 
 
 def test_only_the_probed_share_is_observed() -> None:
