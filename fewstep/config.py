@@ -120,7 +120,7 @@ class RunConfig(Block):
         if self._takes_differences() and given == "tf32":
             raise ValueError(
                 "objective.jvp finite_difference needs train.precision fp32 or bf16, which leave its difference of "
-                "outputs in true float32: TF32 has 10 bits for each of them"
+                "outputs in true float32: TF32 has 10 bits for either"
             )
         if self.student.guidance_input and guidance is None:
             raise ValueError(
