@@ -112,7 +112,10 @@ SIZES = {
             "flot": "{kind: flot, width: 64, depth: 2, heads: 2, patch: 4}",
             "unet": "{kind: unet, channels: 32, multipliers: [1, 1], blocks: 1, attention: [], head_channels: 32}",
         },
-        of={"reflow": ("objective.pairs.count=64", "objective.pairs.steps=4")},
+        of={
+            "reflow": ("objective.pairs.count=64", "objective.pairs.steps=4", "objective.pairs.batch_size=64"),
+            "progressive": ("objective.substeps=1",),
+        },
     ),
     # Seconds: for the test suite.
     "smallest": Size(
@@ -135,7 +138,7 @@ SIZES = {
             "unet": "{kind: unet, channels: 32, multipliers: [1, 1], blocks: 1, attention: [], head_channels: 32}",
         },
         of={
-            "reflow": ("objective.pairs.count=8", "objective.pairs.steps=2"),
+            "reflow": ("objective.pairs.count=8", "objective.pairs.steps=2", "objective.pairs.batch_size=8"),
             "progressive": ("objective.substeps=1",),
         },
     ),
