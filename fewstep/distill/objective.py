@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from fewstep.condition import Condition, lose
 from fewstep.data.dataset import Batch
@@ -34,6 +35,11 @@ class LossOutput:
     residual_B: Tensor
     t_B: Tensor
     diagnostics: dict[str, Tensor]
+
+
+# FSDP2 gathers the parameters again before the backward pass if it finds the tensors that this begins with. Until torch
+# 2.12 it looks for them in what is registered alone.
+_pytree.register_dataclass(LossOutput)
 
 
 class Objective(nn.Module, ABC):

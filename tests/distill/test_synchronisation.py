@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,17 +110,6 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def move(thing: object, seen: set[int]) -> None:
-    """Every network that an objective holds, however deep, to the device."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, nn.Module):
-        thing.to(META)
-    for each in thing if isinstance(thing, tuple) else getattr(thing, "__dict__", {}).values():
-        move(each, seen)
-
-
 @pytest.fixture
 def _autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast knows no such device; here it is only ever switched off."""
@@ -167,7 +156,7 @@ def test_no_objective_waits_for_the_device(name: str) -> None:
     """Forward and backward pass, and what follows the optimiser's step; batches that begin in the middle, too. A grid
     that changes over the training is brought to the device when it does, so both steps are of one grid."""
     objective = OBJECTIVES[name]()
-    move(objective, set())
+    tiny.move(objective, META)
     source = BatchSource(blank(), 32, 0, device=META)
 
     def step(_: int) -> None:
@@ -201,7 +190,7 @@ def test_what_would_wait_is_seen() -> None:
     with pytest.raises(RuntimeError, match="meta"):
         batch.x.sum().item()
     meanflow = tiny.meanflow_from_data()
-    move(meanflow, set())
+    tiny.move(meanflow, META)
     with pytest.raises(RuntimeError, match="meta"):
         meanflow(replace(batch, first=None), Key(0))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):

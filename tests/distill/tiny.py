@@ -181,6 +181,18 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 }
 
 
+def move(thing: object, device: torch.device, seen: set[int] | None = None) -> None:
+    """Every network that an objective holds, however deep, to a device: a teacher is none of its submodules."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        thing.to(device)
+    for each in thing if isinstance(thing, tuple) else getattr(thing, "__dict__", {}).values():
+        move(each, device, seen)
+
+
 def run(
     objective: Objective,
     steps: int,
@@ -193,6 +205,8 @@ def run(
     float32: ProductsName | None = None,
 ) -> Iterator[TrainState]:
     accelerator = accelerator or make_accelerator()
+    if accelerator.device.type != "cpu":
+        move(objective, accelerator.device)
     source = BatchSource(
         paired_digits(),
         config.batch_size,
