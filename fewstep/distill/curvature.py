@@ -105,8 +105,9 @@ class CurvatureWeighting:
             square = mean_square(self.derivative(self.net, x, v, t, t, label)).double()
         if not counted:
             return
-        self._seen[0].index_add_(0, bin_of(u), square)
-        self._seen[1].index_add_(0, bin_of(u), torch.ones_like(square))
+        # A product, for the order of summation of a scatter is not fixed on GPUs, and bits would be others every time.
+        inside = (bin_of(u)[:, None] == torch.arange(BINS, device=u.device)).to(torch.float64)
+        self._seen += torch.stack((square, torch.ones_like(square))) @ inside
 
     @torch.no_grad()
     def after_step(self, student: nn.Module) -> None:
