@@ -38,12 +38,15 @@ def net(classes: int = 3) -> nn.Module:
 
 
 def all_ways(given: Inputs) -> list[Way]:
-    peers, missing = peer_ways(given)
-    assert not missing
-    return [*own_ways(given), *peers]
+    return [*own_ways(given), *peer_ways(given)[0]]
 
 
 NAMES = [way.name for way in all_ways(inputs())]
+
+
+def test_every_peer_is_here() -> None:
+    """Else less is compared. Not asked where the tests are collected: a machine without them may want some others."""
+    assert peer_ways(inputs())[1] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
