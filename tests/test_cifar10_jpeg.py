@@ -97,15 +97,15 @@ def ledger_of(runs: Path) -> list[dict[str, Any]]:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
-    write_classifier(folder, ImageClassifier(3, 10, (8,), 8), {"shape": [3, 32, 32], "num_classes": 10})
+    write_classifier(folder, ImageClassifier(3, 10, (8,), 8), {"shape": [3, 8, 8], "num_classes": 10})
     return folder
 
 
 @pytest.mark.slow
-def test_every_stage_at_the_smallest_size(run, modules, classifier, tmp_path, capsys) -> None:
+def test_every_stage_at_the_smallest_size(run, modules, tmp_path, capsys) -> None:
     """From data to ledger and reports, in one command; a second one leaves everything as it is."""
     _, stages = modules
-    words = ("all", "--size", "smallest", "--runs", tmp_path, "--classifier", classifier)
+    words = ("all", "--size", "smallest", "--runs", tmp_path)
     assert run(*words) == 0, capsys.readouterr().err
     rows = ledger_of(tmp_path)
     trained = {row["stage"]: row for row in rows if row.get("kind") == "training"}

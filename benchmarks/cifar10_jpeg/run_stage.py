@@ -52,7 +52,8 @@ class Evidence:
         full = HERE.parent / "ledger" / f"{today}-cifar10-jpeg.jsonl"
         self.ledger: Path = asked.ledger or (full if asked.size == "full" else self.runs / "ledger.jsonl")
         self.teacher: str = asked.teacher
-        self.classifier: Path = asked.classifier
+        ships = self.runs / "classifier" if self.size.own_classifier else CLASSIFIER
+        self.classifier: Path = asked.classifier or ships
         self.carry: Path | None = asked.carry
         self.fit: bool = asked.fit
         self.overrides: list[str] = asked.overrides
@@ -339,7 +340,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--carry", type=Path, help="folder of small files: runs are brought from it, and packed into it as they end"
     )
-    parser.add_argument("--classifier", type=Path, default=CLASSIFIER, help="default: the one that ships")
+    parser.add_argument("--classifier", type=Path, help="default: the one that ships")
     asked = parser.parse_intermixed_args(words)
     if asked.limit is not None and asked.limit <= limits.GRACE:
         parser.error(f"--limit is above {limits.GRACE:.0f} s, which are left to a stage to stop in")

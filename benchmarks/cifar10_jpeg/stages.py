@@ -59,12 +59,14 @@ FAMILY = {"flot": "flot", "flot-afm": "flot", "unet": "unet", "unet-afm": "unet"
 @dataclass(frozen=True)
 class Size:
     """How large everything is: overrides of all recipes, of those with a network of their own by its family, and of
-    single stages; ``n`` samples per row; the steps of students and of teachers; arguments of the classifier."""
+    single stages; ``n`` samples per row; the steps of students and of teachers; arguments of the classifier, and
+    whether that is the one whose features are taken, in the place of the one that ships."""
 
     n: int
     steps: tuple[int, ...]
     teacher_steps: tuple[int, ...]
     classifier: tuple[str, ...]
+    own_classifier: bool = False
     features: tuple[str, ...] = ("pixels",)
     precision: str = "fp32"
     common: tuple[str, ...] = ()
@@ -117,15 +119,17 @@ SIZES = {
             "progressive": ("objective.substeps=1",),
         },
     ),
-    # Seconds: for the test suite.
+    # Seconds, on images of 8x8: for the test suite.
     "smallest": Size(
         n=24,
         steps=(1, 4),
         teacher_steps=(1, 4),
-        classifier=("--steps", "2", "--batch-size", "8", "--widths", "8", "--max-images", "40"),
+        classifier=("--steps", "2", "--batch-size", "8", "--widths", "8", "--max-images", "40", "--size", "8"),
+        own_classifier=True,
         common=(
             *_EAGER,
             "data.max_images=40",
+            "data.size=8",
             "train.steps=2",
             "train.batch_size=4",
             "train.warmup_steps=1",
@@ -134,7 +138,7 @@ SIZES = {
         ),
         taught=("teacher.precision=fp32",),
         networks={
-            "flot": "{kind: flot, width: 32, depth: 1, heads: 2, patch: 8}",
+            "flot": "{kind: flot, width: 32, depth: 1, heads: 2, patch: 4}",
             "unet": "{kind: unet, channels: 32, multipliers: [1, 1], blocks: 1, attention: [], head_channels: 32}",
         },
         of={
