@@ -29,7 +29,7 @@ from fewstep.distill.objective import LossOutput, Objective
 from fewstep.distill.optimise import build_optimizer, learning_rate
 from fewstep.distill.reading import Reading
 from fewstep.distill.shards import full, gathered, shard, shard_like
-from fewstep.errors import FewstepError, UsageError
+from fewstep.errors import EnvironmentFault, FewstepError, UsageError
 from fewstep.keys import Key
 from fewstep.precision import products
 
@@ -235,12 +235,26 @@ def _backward(
     for number, part in enumerate(parts, start=1):
         with _synchronised(prepared, accelerator, number == len(parts)):
             with _autocast(config, accelerator):
-                output: LossOutput = prepared(part, key)
+                output: LossOutput = _forward(prepared, part, key)
             mean = output.per_sample_B.mean()
             (mean if len(parts) == 1 else mean / len(parts)).backward()
         outputs.append(replace(output, per_sample_B=output.per_sample_B.detach()))
         means.append(mean.detach())
     return outputs, means[0] if len(means) == 1 else torch.stack(means).mean()
+
+
+def _forward(prepared: nn.Module, batch: Batch, key: Key) -> LossOutput:
+    """``EnvironmentFault`` where torch does not gather the shards of a network within a forward derivative."""
+    try:
+        output: LossOutput = prepared(batch, key)
+    except NotImplementedError as error:
+        if not isinstance(prepared, FSDPModule) or "TensorWrapper" not in str(error):
+            raise
+        raise EnvironmentFault(
+            f"train.parallel=fsdp2: torch {torch.__version__} does not gather shards within a forward derivative (2.13 "
+            "does): set objective.jvp=finite_difference or train.parallel=ddp"
+        ) from error
+    return output
 
 
 def _passes_over(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:

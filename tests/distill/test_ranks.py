@@ -32,6 +32,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 def of(found: dict[str, Tensor], task: str) -> dict[str, Tensor]:
     tensors = {name.removeprefix(f"{task}: "): value for name, value in found.items() if name.startswith(f"{task}: ")}
     assert tensors
+    if ranks.MISSING in tensors:
+        assert "fsdp2" in task
+        pytest.skip(ranks.MISSING)
     return tensors
 
 
