@@ -96,17 +96,17 @@ SIZES = {
     ),
     # Minutes on two cores: that everything runs, nothing more.
     "tiny": Size(
-        n=200,
+        n=100,
         steps=(1, 2, 4),
-        teacher_steps=(1, 4, 16),
+        teacher_steps=(1, 8),
         classifier=("--steps", "20", "--batch-size", "32", "--widths", "16,16", "--max-images", "512"),
         common=(
             *_EAGER,
             "data.max_images=512",
-            "train.steps=20",
+            "train.steps=10",
             "train.batch_size=16",
             "train.warmup_steps=2",
-            "train.checkpoint_every=10",
+            "train.checkpoint_every=5",
             "train.log_every=5",
         ),
         taught=("teacher.precision=fp32",),
