@@ -12,12 +12,12 @@ set -euo pipefail
 stage=${1:?which stage: tests, network, train, sample or data}
 rows=$(realpath -m "${2:?the file that takes the rows}")
 cd "$(dirname "$0")/.."
-bench() { python -m fewstep bench "$@" --ledger "$rows"; }
+bench() { "${PYTHON:-python3}" -m fewstep bench "$@" --ledger "$rows"; }
 image=(--shape 3,32,32)
 
 case $stage in
   tests)
-    python -m pytest -m gpu -p no:cacheprovider
+    "${PYTHON:-python3}" -m pytest -m gpu -p no:cacheprovider
     ;;
   network)
     for precision in fp32 bf16; do
