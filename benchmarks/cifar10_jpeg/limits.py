@@ -55,4 +55,6 @@ def finish(words: Sequence[str], clock: Clock) -> int:
         while process.poll() is None:
             time.sleep(0.05)
     process.communicate()
-    return STOPPED if asked or process.returncode is None or process.returncode < 0 else int(process.returncode)
+    if process.returncode and asked:
+        return STOPPED
+    return abs(int(process.returncode))  # negative where another has killed it: a failure

@@ -33,7 +33,7 @@ from fewstep.config import read_config
 from fewstep.environment import describe_environment
 from fewstep.errors import FewstepError, UsageError
 from fewstep.evaluation.results import Report, read_results
-from fewstep.files import read_json, write_json
+from fewstep.files import read_json
 
 PROBE = 24
 """Steps of the short training that tells how long a step takes; the first half of them is not counted."""
@@ -124,15 +124,16 @@ def train(evidence: Evidence, stage: str, clock: Clock) -> int:
     overrides += evidence.overrides
     run = evidence.run(stage)
     resumes = run.resumes()
-    chosen = evidence.runs / "fitted.json"
-    fitted: dict[str, list[str]] = read_json(chosen) if chosen.is_file() else {}
-    if evidence.fit and not resumes:
+    recipe = RECIPES / f"{stage}.yaml"
+    if resumes:  # as it began: the steps that fitted then, too
+        recipe, overrides = run.path / "config.yaml", list(evidence.overrides)
+    elif evidence.fit:
         if clock.limit is None:
             raise UsageError("--fit needs the --limit that the training is to fit into")
-        fitted[stage] = fit(evidence, command, stage, overrides, clock)
-        write_json(chosen, fitted)
-    overrides += fitted.get(stage, [])
-    words = ["fewstep", command, str(RECIPES / f"{stage}.yaml"), *overrides, "--out", str(run.path)]
+        overrides += fit(evidence, command, stage, overrides, clock)
+    words = ["fewstep", command, str(recipe), *overrides, "--out", str(run.path)]
+    if clock.left() <= limits.GRACE:
+        return STOPPED
     began = time.monotonic()
     code = finish([*words, "--resume" if resumes else "--overwrite"] if run.path.exists() else words, clock)
     seconds = time.monotonic() - began
